@@ -1,0 +1,1 @@
+//! Configuration: file and flags merged into one checked value (owner: CLI helper).

@@ -1,0 +1,1 @@
+//! Wiring: IOThreads, images, listeners, signals, shutdown order (owner: CLI helper).

@@ -1,0 +1,3 @@
+//! The NBD protocol: server and client. (owner: nbd helpers)
+
+pub mod proto;

@@ -1,0 +1,1 @@
+//! Constants of the NBD protocol, in the spelling of its document (owner: nbd server helper).

@@ -1,0 +1,1 @@
+//! Thin system calls that rustix lacks or spells differently (owner: block helper).
