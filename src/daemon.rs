@@ -1,1 +1,535 @@
-//! Wiring: IOThreads, images, listeners, signals, shutdown order (owner: CLI helper).
+//! The daemon: wiring of threads, images, listeners and signals.
+//!
+//! Start order, each step needing the ones before:
+//!
+//! 1. signals: SIGTERM, SIGINT, SIGHUP and SIGUSR1 are blocked and become a signalfd, SIGPIPE and SIGXFSZ are ignored (before
+//!    any thread exists: threads inherit the mask); the limit of open files is raised;
+//! 2. logging (its thread is the first);
+//! 3. the main thread's AioContext, and the IOThreads;
+//! 4. images are opened, in the order of the configuration;
+//! 5. listeners are bound, connections accepted; the URIs go to stdout.
+//!
+//! Then the main thread polls its context: it accepts, and hears signals as an ordinary fd handler. It works as
+//! PID 1 of a container: every signal that it cares about is handled explicitly, and as it starts no process, the only
+//! children it could inherit are those that somebody else runs in its PID namespace (use an init if you do that).
+//!
+//! Stop order: no more accepting; requests in flight are finished and answered, images flushed, connections
+//! closed (all within `shutdown_timeout`); counters are logged; IOThreads end; images are closed and their
+//! locks released; the log is drained. A second signal, or a thread that is still stuck well after the timeout, ends
+//! the process at once with [`EXIT_AT_ONCE`].
+
+use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig};
+use crate::block::{self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions};
+use crate::config::{Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, check_filter};
+use crate::nbd::client::Uri;
+use crate::nbd::export::{Export, ExportError, ExportOptions, ExportTable};
+use crate::nbd::proto::{NBD_CMD_READ, NBD_CMD_WRITE};
+use crate::nbd::server::{ListenAddr, NbdStats, Server, ServerConfig, ServerError};
+use crate::telemetry::{self, LogGuard};
+use crate::util::sys;
+use std::io::{self, Write as _};
+use std::net::ToSocketAddrs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tracing::{error, info, warn};
+
+/// Exit code when a second signal, or a thread stuck beyond the deadline, ends the process at once.
+pub const EXIT_AT_ONCE: i32 = 4;
+/// How long IOThreads and images may take to close after the shutdown's own deadline (ours).
+const CLOSE_GRACE: Duration = Duration::from_secs(5);
+
+/// How a run of the daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything in flight was finished, everything was flushed.
+    Complete,
+    /// The deadline cut connections, or a final flush failed.
+    Cut,
+}
+
+/// Why the daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Something of the system: signals, threads, event loops.
+    #[error("cannot {doing}: {source}")]
+    System {
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Logging.
+    #[error("{0}")]
+    Log(String),
+    /// An image.
+    #[error("export \"{export}\": {source}")]
+    Image {
+        /// Name of the export.
+        export: String,
+        /// What, and what to do.
+        source: OpenError,
+    },
+    /// What the NBD layer does not take.
+    #[error("{0}")]
+    Export(#[from] ExportError),
+    /// A listener.
+    #[error("{0}")]
+    Listen(String),
+    /// `--check` found several things.
+    #[error("{} of {total} exports cannot be served:\n  {}", problems.len(), problems.join("\n  "))]
+    Check {
+        /// One line each.
+        problems: Vec<String>,
+        /// Exports that were looked at.
+        total: usize,
+    },
+    /// Stdout.
+    #[error("cannot write to stdout: {0}")]
+    Stdout(io::Error),
+}
+
+fn system(doing: &'static str) -> impl Fn(io::Error) -> DaemonError {
+    move |source| DaemonError::System { doing, source }
+}
+
+/// Opens every image read-only and without locks, says what is there, and closes it again.
+///
+/// # Errors
+/// [`DaemonError::Check`] with a line for each image that cannot be opened.
+pub fn check(config: &Config) -> Result<Outcome, DaemonError> {
+    let mut problems = Vec::new();
+    let mut lines = String::new();
+    for export in &config.exports {
+        match open_image(export, true) {
+            Ok(backend) => {
+                let size = backend.root().len();
+                lines.push_str(&format!(
+                    "export \"{}\": {}, {size} bytes\n",
+                    export.name,
+                    export.image.display()
+                ));
+            }
+            Err(e) => problems.push(e.to_string()),
+        }
+    }
+    for listen in &config.server.listen {
+        if let Err(e) = resolve(listen) {
+            problems.push(e.to_string());
+        }
+    }
+    if !problems.is_empty() {
+        return Err(DaemonError::Check { problems, total: config.exports.len() });
+    }
+    lines.push_str("the configuration is fine\n");
+    write_stdout(&lines)?;
+    Ok(Outcome::Complete)
+}
+
+/// Serves until a signal ends it. Must be called before the process has another thread.
+///
+/// # Errors
+/// Whatever keeps it from starting; a running daemon does not fail.
+pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
+    let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1];
+    let signal_fd = sys::signal_fd(&signals).map_err(system("set up signals"))?;
+    for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
+        sys::ignore_signal(signal).map_err(system("set up signals"))?;
+    }
+    let files = sys::raise_nofile_limit();
+    let level = match telemetry::env_filter() {
+        None => config.log.level.clone(),
+        Some(env) => {
+            let bad =
+                |why| DaemonError::Log(format!("environment variable {}: {why}", telemetry::ENV_FILTER));
+            check_filter(&env).map_err(bad)?;
+            env
+        }
+    };
+    let json = config.log.format == LogFormat::Json;
+    let log = telemetry::init(&level, json).map_err(DaemonError::Log)?;
+    // Dropped last: what is logged while the rest is torn down is written, too.
+    let log = Arc::new(log);
+    match files {
+        Ok(limit) => info!(
+            version = env!("CARGO_PKG_VERSION"),
+            pid = std::process::id(),
+            open_files = limit,
+            "starting"
+        ),
+        Err(e) => warn!(error = %e, "the limit of open files cannot be raised"),
+    }
+    for note in &config.notes {
+        warn!(note, "configuration");
+    }
+    let daemon = Daemon::start(config, &log)?;
+    daemon.run(signal_fd, &log)
+}
+
+/// What is alive while the daemon serves. Fields are dropped in this order.
+struct Daemon {
+    server: Arc<Server>,
+    threads: Vec<IoThread>,
+    main: Arc<AioContext>,
+    grace: Duration,
+}
+
+impl Daemon {
+    fn start(config: &Config, _log: &Arc<LogGuard>) -> Result<Daemon, DaemonError> {
+        let aio = |name: String| AioConfig {
+            name,
+            engine: config.server.aio.into(),
+            pool_threads: config.server.pool_threads,
+            poll: PollConfig {
+                max_ns: u64::try_from(config.server.poll_max.as_nanos()).unwrap_or(u64::MAX),
+                grow: 0,
+                shrink: 0,
+            },
+            ..AioConfig::default()
+        };
+        // The main loop accepts and hears signals; it does not spin.
+        let main_config = AioConfig { poll: AioConfig::default().poll, ..aio("main".to_owned()) };
+        let main = AioContext::new(main_config).map_err(system("start the main event loop"))?;
+        let mut threads = Vec::new();
+        for i in 0..config.server.iothread_count() {
+            let thread =
+                IoThread::spawn(aio(format!("iothread-{i}"))).map_err(system("start an IOThread"))?;
+            threads.push(thread);
+        }
+        info!(
+            iothreads = threads.len(),
+            engine = ?threads.first().map_or(main.engine_kind(), |t| t.context().engine_kind()),
+            asked = ?config.server.aio,
+            "threads are ready"
+        );
+        let mut exports = Vec::new();
+        for export in &config.exports {
+            let backend = open_image(export, false)?;
+            let options = ExportOptions {
+                name: export.name.clone(),
+                description: export.description.clone(),
+                read_only: export.read_only,
+                ..ExportOptions::default()
+            };
+            let made = Export::new(options, backend)?;
+            info!(
+                export = export.name,
+                image = %export.image.display(),
+                size = made.size(),
+                read_only = made.read_only(),
+                cache = ?export.cache,
+                "export is ready"
+            );
+            exports.push(made);
+        }
+        let table = ExportTable::new(exports, None)?;
+        let server = start_server(config, table, &threads, &main)?;
+        Ok(Daemon { server, threads, main, grace: config.server.shutdown_timeout })
+    }
+
+    fn run(self, signal_fd: OwnedFd, log: &Arc<LogGuard>) -> Result<Outcome, DaemonError> {
+        let heard = Arc::new(Heard { stops: AtomicU32::new(0) });
+        let signal_fd = Arc::new(signal_fd);
+        let contexts: Vec<Arc<AioContext>> = self.threads.iter().map(|t| Arc::clone(t.context())).collect();
+        let handler = {
+            let (fd, heard, log) = (Arc::clone(&signal_fd), Arc::clone(&heard), Arc::clone(log));
+            let (server, contexts) = (Arc::clone(&self.server), contexts.clone());
+            self.main
+                .add_handler(signal_fd.as_raw_fd(), Interest::Read, move |_| {
+                    on_signals(&fd, &heard, &log, &server, &contexts);
+                })
+                .map_err(system("watch for signals"))?
+        };
+        self.print_uris()?;
+        self.main.poll_until(|| heard.stops.load(Ordering::Relaxed) > 0);
+        let report = self.server.shutdown(self.grace);
+        self.main.remove_handler(handler);
+        // From here on nothing polls the main context: a thread of its own hears a second signal, and the deadline.
+        let finished = watch_the_end(signal_fd, CLOSE_GRACE, Arc::clone(log));
+        log_counters(&self.server, &contexts, "iothread totals");
+        let outcome = if report.aborted == 0 && report.flush_failures == 0 {
+            info!("stopped: everything was finished and flushed");
+            Outcome::Complete
+        } else {
+            error!(
+                connections_cut = report.aborted,
+                flush_failures = report.flush_failures,
+                "stopped, but not everything was finished and flushed"
+            );
+            Outcome::Cut
+        };
+        let Daemon { server, threads, main, .. } = self;
+        drop(server);
+        for thread in threads {
+            if let Err(e) = thread.stop() {
+                error!(error = %e, "an IOThread had panicked");
+            }
+        }
+        drop(contexts);
+        drop(main);
+        log.flush();
+        *finished.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        Ok(outcome)
+    }
+
+    /// One line per listener and export, and flushed: the sign that clients can connect.
+    fn print_uris(&self) -> Result<(), DaemonError> {
+        let mut lines = String::new();
+        let table = self.server.exports().snapshot();
+        for export in table.list() {
+            for address in self.server.bound_addrs() {
+                let uri = match address {
+                    ListenAddr::Tcp(address) => Uri::tcp(*address, export.name()),
+                    ListenAddr::Unix(path) => {
+                        let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                        Uri::unix(&path, export.name())
+                    }
+                };
+                info!(uri = %uri, "serving");
+                lines.push_str(&format!("{uri}\n"));
+            }
+        }
+        write_stdout(&lines)
+    }
+}
+
+/// Writes to stdout and flushes. Whoever started us may have closed it: that is no reason not to serve.
+fn write_stdout(text: &str) -> Result<(), DaemonError> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe || e.raw_os_error() == Some(libc::EBADF) => {
+            warn!(error = %e, "nobody reads stdout");
+            Ok(())
+        }
+        other => other.map_err(DaemonError::Stdout),
+    }
+}
+
+/// What the signal handler tells the main loop.
+struct Heard {
+    stops: AtomicU32,
+}
+
+/// Handles the signals that are pending. Runs on the main thread, from its event loop.
+fn on_signals(fd: &OwnedFd, heard: &Heard, log: &LogGuard, server: &Server, contexts: &[Arc<AioContext>]) {
+    loop {
+        let signal = match sys::read_signal(fd.as_fd()) {
+            Ok(Some(signal)) => signal,
+            Ok(None) => return,
+            Err(e) => {
+                error!(error = %e, "signals cannot be read");
+                return;
+            }
+        };
+        match signal.signo {
+            libc::SIGUSR1 => log_counters(server, contexts, "iothread counters"),
+            libc::SIGHUP => warn!(
+                pid = signal.pid,
+                "SIGHUP: reloading is not supported yet; restart to apply a changed configuration"
+            ),
+            signo => {
+                let name = if signo == libc::SIGINT { "SIGINT" } else { "SIGTERM" };
+                if heard.stops.fetch_add(1, Ordering::Relaxed) > 0 {
+                    end_at_once(name, log);
+                }
+                info!(signal = name, pid = signal.pid, connections = server.connections(), "stopping");
+            }
+        }
+    }
+}
+
+/// Ends the process without finishing anything.
+fn end_at_once(why: &'static str, log: &LogGuard) -> ! {
+    error!(why, "ended at once: what was in flight is lost");
+    log.flush();
+    std::process::exit(EXIT_AT_ONCE)
+}
+
+/// Starts a thread that ends the process when another signal comes or `grace` passes, until the flag it returns is set.
+fn watch_the_end(signal_fd: Arc<OwnedFd>, grace: Duration, log: Arc<LogGuard>) -> Arc<Mutex<bool>> {
+    let finished = Arc::new(Mutex::new(false));
+    let seen = Arc::clone(&finished);
+    let watch = move || {
+        let end = std::time::Instant::now() + grace;
+        loop {
+            let left = end.saturating_duration_since(std::time::Instant::now());
+            let timeout = rustix::event::Timespec {
+                tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            let mut fds = [rustix::event::PollFd::new(&*signal_fd, rustix::event::PollFlags::IN)];
+            // An interrupted poll is asked again; what else could fail is told by the next read.
+            let ready = rustix::event::poll(&mut fds, Some(&timeout)).unwrap_or(0);
+            // Held while ending: the main thread cannot return from `run` in the midst of it.
+            let finished = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            if *finished {
+                return;
+            }
+            if left.is_zero() {
+                end_at_once("closing takes too long", &log);
+            }
+            if ready > 0
+                && let Ok(Some(signal)) = sys::read_signal(signal_fd.as_fd())
+                && [libc::SIGTERM, libc::SIGINT].contains(&signal.signo)
+            {
+                end_at_once("second signal", &log);
+            }
+        }
+    };
+    if let Err(e) = std::thread::Builder::new().name("end-watch".to_owned()).spawn(watch) {
+        warn!(error = %e, "nothing watches over the end: a second signal is not heard");
+    }
+    finished
+}
+
+/// Logs what every IOThread has done: one event each, named by `message`.
+fn log_counters(server: &Server, contexts: &[Arc<AioContext>], message: &'static str) {
+    for (context, stats) in contexts.iter().zip(server.stats()) {
+        let NbdStats {
+            connections,
+            connections_open,
+            requests,
+            bytes_read,
+            bytes_written,
+            errors,
+            inline,
+            reply_batches,
+        } = stats;
+        let counters = context.counters();
+        info!(
+            iothread = context.name(),
+            connections,
+            connections_open,
+            requests = requests.iter().sum::<u64>(),
+            reads = requests[usize::from(NBD_CMD_READ)],
+            writes = requests[usize::from(NBD_CMD_WRITE)],
+            bytes_in = bytes_written,
+            bytes_out = bytes_read,
+            errors,
+            inline,
+            reply_batches,
+            turns = counters.turns.get(),
+            sleeps = counters.blocks.get(),
+            poll_hits = counters.poll_hits.get(),
+            poll_misses = counters.poll_misses.get(),
+            bottom_halves = counters.bh_runs.get(),
+            engine_submits = counters.engine_submits.get(),
+            eventfd_writes = counters.notify_writes.load(Ordering::Relaxed),
+            "{message}"
+        );
+    }
+}
+
+/// Resolves `ADDRESS:PORT`; a name may have several addresses.
+fn resolve(listen: &str) -> Result<Vec<ListenAddr>, DaemonError> {
+    let addresses: Vec<ListenAddr> = listen
+        .to_socket_addrs()
+        .map_err(|e| {
+            DaemonError::Listen(format!("cannot listen on {listen}: {e}; check the address given to listen"))
+        })?
+        .map(ListenAddr::Tcp)
+        .collect();
+    if addresses.is_empty() {
+        return Err(DaemonError::Listen(format!("cannot listen on {listen}: the name has no address")));
+    }
+    Ok(addresses)
+}
+
+fn start_server(
+    config: &Config,
+    table: Arc<ExportTable>,
+    threads: &[IoThread],
+    main: &Arc<AioContext>,
+) -> Result<Arc<Server>, DaemonError> {
+    let mut listen = Vec::new();
+    for address in &config.server.listen {
+        listen.extend(resolve(address)?);
+    }
+    listen.extend(config.server.socket.iter().cloned().map(ListenAddr::Unix));
+    let open_to_all = listen.iter().find(|l| matches!(l, ListenAddr::Tcp(a) if !a.ip().is_loopback()));
+    if let Some(ListenAddr::Tcp(address)) = open_to_all
+        && config.exports.iter().any(|e| !e.read_only)
+    {
+        warn!(
+            address = %address,
+            "whoever reaches this address can write the exports: there is no TLS yet; use loopback, a unix socket or a network that you trust"
+        );
+    }
+    let limits = &config.limits;
+    let server_config = ServerConfig {
+        listen,
+        handshake_timeout: limits.handshake_timeout,
+        max_half_open: limits.max_handshakes,
+        max_connections: limits.max_connections,
+        conn_bytes: limits.bytes_per_connection.0,
+        conn_requests: u32::try_from(limits.requests_per_connection).unwrap_or(u32::MAX),
+        total_bytes: limits.bytes_total.0,
+        total_requests: u32::try_from(limits.requests_total).unwrap_or(u32::MAX),
+        stall_timeout: limits.stall_timeout,
+    };
+    let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
+    Server::start(server_config, table, contexts, main).map_err(|e| DaemonError::Listen(explain(&e)))
+}
+
+/// A listener's error in one line, with what to do about it.
+fn explain(error: &ServerError) -> String {
+    let ServerError::Listen { addr, source } = error else {
+        let advice = match error {
+            ServerError::SocketInUse { .. } => "; stop that server, or choose another path with --socket",
+            ServerError::NotASocket { .. } => "; move it away, or choose another path with --socket",
+            _ => "",
+        };
+        return format!("{error}{advice}");
+    };
+    match source.kind() {
+        io::ErrorKind::AddrInUse => format!(
+            "address in use: {addr}: another program listens there; stop it, or use --listen with another port (port 0 takes a free one)"
+        ),
+        io::ErrorKind::AddrNotAvailable => {
+            format!(
+                "cannot listen on {addr}: this machine does not have that address; use --listen with one of its own"
+            )
+        }
+        io::ErrorKind::PermissionDenied => format!(
+            "cannot listen on {addr}: permission denied; choose a port from 1024 on, or a socket in a folder that you may write"
+        ),
+        io::ErrorKind::NotFound => format!("cannot listen on {addr}: its folder does not exist; create it"),
+        _ => format!("cannot listen on {addr}: {source}"),
+    }
+}
+
+/// Opens an image; for a check, without locks and without writing. Blocks: nothing is served yet.
+fn open_image(export: &ExportConfig, only_check: bool) -> Result<Arc<BlockBackend>, DaemonError> {
+    let options = OpenOptions {
+        filename: export.image.clone(),
+        format: match export.format {
+            Format::Auto => block::Format::Auto,
+            Format::Raw => block::Format::Raw,
+        },
+        read_only: export.read_only || only_check,
+        cache: match export.cache {
+            Cache::Writeback => CacheMode::Writeback,
+            Cache::None => CacheMode::None,
+            Cache::Writethrough => CacheMode::Writethrough,
+            Cache::Directsync => CacheMode::Directsync,
+            Cache::Unsafe => CacheMode::Unsafe,
+        },
+        discard: match export.discard {
+            Discard::Unmap => DiscardMode::Unmap,
+            Discard::Ignore => DiscardMode::Ignore,
+        },
+        lock: match export.lock {
+            _ if only_check => LockMode::Off,
+            Lock::On => LockMode::On,
+            Lock::Shared => LockMode::Shared,
+            Lock::Off => LockMode::Off,
+        },
+        offset: export.offset.0,
+        size: export.size.map(|size| size.0),
+    };
+    match block::open(&options) {
+        Ok(root) => Ok(BlockBackend::new(root)),
+        Err(source) => Err(DaemonError::Image { export: export.name.clone(), source }),
+    }
+}

@@ -1,32 +1,48 @@
-//! AioContext: one turn of the loop (owner: aio helper; signatures are the contract, split into files as you like).
+//! AioContext: one turn of the loop.
+//!
+//! ```text
+//! poll:  hand queued file I/O to the kernel ─► anything to do? ─no─► busy-poll ─► announce ─► block in epoll
+//!        ─► file I/O completions ─► bottom halves and runnables ─► fd handlers ─► timers
+//! ```
+//!
+//! One home thread makes the context, polls it, runs its callbacks and owns its handlers, timers and engine;
+//! [`HomeCell`] checks that on every access, and no borrow is held while a callback runs. Other threads reach
+//! the context only through the lock-free work list and the notifier.
+//!
+//! Work that a callback schedules runs in the *next* turn. What a turn has collected waits in queues of the
+//! context, not on the stack, so that a poll nested in a plain callback carries on with the rest of it.
 
-use super::Runnable;
-use super::engine::{Completion, EngineChoice, EngineKind, Op};
+use super::bh::{self, Work};
+use super::bh_list::{BhList, Node};
+use super::engine::thread_pool::{JobId, ThreadPool};
+use super::engine::{self, Completion, Engine, EngineChoice, EngineKind, Op};
+use super::handler::{HandlerFn, HandlerTable};
+use super::home::HomeCell;
+use super::notifier::Notifier;
+use super::polling::PollWindow;
+use super::timer::{self, TimerInner, TimerList};
+use super::{BottomHalf, Clock, HandlerId, Interest, PollConfig, Readiness, Runnable, Timer};
 use crate::util::counters::Counter;
+use mio::unix::SourceFd;
+use mio::{Events, Poll, Token, Waker};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
 
-/// Adaptive busy polling (QEMU's poll-max-ns, poll-grow, poll-shrink).
-#[derive(Debug, Clone, Copy)]
-pub struct PollConfig {
-    /// Longest busy-poll window in nanoseconds; 0 switches polling off.
-    pub max_ns: u64,
-    /// Growth factor of the window; 0 means the default, 2.
-    pub grow: u64,
-    /// Divisor by which the window shrinks; 0 resets it to zero.
-    pub shrink: u64,
-}
-
-/// The clock behind timers.
-#[derive(Debug, Clone)]
-pub enum Clock {
-    /// `CLOCK_MONOTONIC`.
-    Monotonic,
-    /// Test clock: nanoseconds, moved by the test (which then calls [`AioContext::notify`]).
-    Mock(Arc<AtomicU64>),
-}
+/// The waker's token; handler tokens never reach it (see `HandlerTable`).
+const WAKER: Token = Token(usize::MAX);
+/// The engine's wake fd.
+const ENGINE: Token = Token(usize::MAX - 1);
+/// Events taken from the kernel per turn (ours); more wait for the next turn.
+const EVENTS_PER_TURN: usize = 256;
+/// Looks at the in-memory flags between two looks at the kernel while busy polling (ours): a look at the kernel
+/// costs a system call, and another thread's work shows up in memory first.
+const SPINS_PER_SYSCALL: u32 = 16;
 
 /// How a context is made.
 #[derive(Debug, Clone)]
@@ -55,32 +71,6 @@ impl Default for AioConfig {
     }
 }
 
-/// What an fd handler wants to hear about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Interest {
-    /// Readable.
-    Read,
-    /// Writable.
-    Write,
-    /// Both.
-    ReadWrite,
-}
-
-/// What became ready. Edge-triggered: read or write until `WouldBlock` before waiting again.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Readiness {
-    /// Reading would not block (data, EOF or error).
-    pub readable: bool,
-    /// Writing would not block (space or error).
-    pub writable: bool,
-    /// The peer has closed (fully, or its writing half).
-    pub closed: bool,
-}
-
-/// Names a registered fd handler of one context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct HandlerId(pub(crate) usize);
-
 /// Counters of one context, written by its home thread (except `notify_writes`).
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -93,15 +83,125 @@ pub struct ContextCounters {
     pub poll_hits: Counter,
     /// Times that busy polling gave up.
     pub poll_misses: Counter,
-    /// Writes to the wake-up eventfd by other threads.
-    pub notify_writes: AtomicU64,
+    /// Bottom halves, one-shot closures and runnables that were run.
+    pub bh_runs: Counter,
     /// Submissions to the engine.
     pub engine_submits: Counter,
+    /// Writes to the wake-up eventfd by other threads.
+    pub notify_writes: AtomicU64,
 }
+
+/// What other threads need to wake the loop.
+struct Wake {
+    notifier: Notifier,
+    waker: Waker,
+    counters: ContextCounters,
+}
+
+impl Wake {
+    fn notify(&self) {
+        if self.notifier.notify() {
+            self.counters.notify_writes.fetch_add(1, Ordering::Relaxed);
+            // An eventfd write fails only if the descriptor is broken, and then nobody could ever wake the loop.
+            self.waker.wake().expect("the wake-up eventfd takes a write");
+        }
+    }
+}
+
+/// What the home thread schedules for itself: no atomics, no list.
+enum Local {
+    Run(Arc<dyn Runnable>),
+    Once(Box<dyn FnOnce() + Send>),
+}
+
+struct Home {
+    poll: Poll,
+    events: Events,
+    handlers: HandlerTable,
+    /// Events taken from the kernel and not delivered yet.
+    ready: VecDeque<(HandlerId, Readiness)>,
+    timers: TimerList,
+    due: Vec<Arc<TimerInner>>,
+    engine: Option<Box<dyn Engine>>,
+    pool: Option<ThreadPool>,
+    reaped: Vec<(Completion, io::Result<usize>)>,
+    completions: VecDeque<(Completion, io::Result<usize>)>,
+    /// Nodes taken from the shared list and not run yet.
+    taken: VecDeque<Arc<Node<Work>>>,
+    /// Scheduled by the home thread for the next turn, and collected for this one.
+    local_next: VecDeque<Local>,
+    local_now: VecDeque<Local>,
+    window: PollWindow,
+}
+
+impl Home {
+    /// Moves finished file operations to the queues; true if there is any in them.
+    fn reap(&mut self) -> bool {
+        if let Some(engine) = &mut self.engine
+            && engine.in_flight() > 0
+        {
+            engine.reap(&mut self.reaped);
+        }
+        if let Some(pool) = &mut self.pool
+            && pool.in_flight() > 0
+        {
+            pool.reap(&mut self.reaped);
+        }
+        self.completions.extend(self.reaped.drain(..));
+        !self.completions.is_empty()
+    }
+
+    /// Whether something can run without asking the kernel.
+    fn has_work(&self) -> bool {
+        !self.completions.is_empty()
+            || !self.taken.is_empty()
+            || !self.local_now.is_empty()
+            || !self.local_next.is_empty()
+            || !self.ready.is_empty()
+    }
+
+    /// Looks at the kernel; blocks at most for `timeout` (None: without limit). True if a handler's fd is ready.
+    fn poll_fds(&mut self, timeout: Option<Duration>) -> bool {
+        match self.poll.poll(&mut self.events, timeout) {
+            Ok(()) => {}
+            // A signal, or io_uring completion work that the kernel ran for us: an ordinary wake.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return false,
+            Err(e) => panic!("epoll_wait on a descriptor that this context owns failed: {e}"),
+        }
+        let before = self.ready.len();
+        let ready = &mut self.ready;
+        ready.extend(
+            self.events
+                .iter()
+                .filter(|e| e.token() != WAKER && e.token() != ENGINE)
+                .map(|e| (HandlerId::from_token(e.token()), Readiness::of(e))),
+        );
+        ready.len() > before
+    }
+}
+
+thread_local! {
+    static CURRENT: RefCell<Weak<AioContext>> = const { RefCell::new(Weak::new()) };
+}
+
+/// Tells whether the caller must not poll; see [`AioContext::forbid_poll_when`].
+static POLL_GUARD: OnceLock<fn() -> bool> = OnceLock::new();
 
 /// An event loop owned by one home thread. Always behind an `Arc`.
 pub struct AioContext {
-    _private: (),
+    name: String,
+    id: usize,
+    clock: Clock,
+    engine_kind: EngineKind,
+    wake: Arc<Wake>,
+    list: BhList<Work>,
+    home: HomeCell<Home>,
+}
+
+impl fmt::Debug for AioContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AioContext").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
+    }
 }
 
 impl AioContext {
@@ -112,161 +212,449 @@ impl AioContext {
     ///
     /// # Panics
     /// When the thread already has a live context.
-    pub fn new(_config: AioConfig) -> io::Result<Arc<AioContext>> {
-        todo!()
+    pub fn new(config: AioConfig) -> io::Result<Arc<AioContext>> {
+        static NEXT_ID: AtomicUsize = AtomicUsize::new(0);
+        assert!(AioContext::current().is_none(), "this thread already has an AioContext");
+        let poll = Poll::new()?;
+        let wake = Arc::new(Wake {
+            notifier: Notifier::new(),
+            waker: Waker::new(poll.registry(), WAKER)?,
+            counters: ContextCounters::default(),
+        });
+        let on_done: Arc<dyn Fn() + Send + Sync> = {
+            let wake = Arc::clone(&wake);
+            Arc::new(move || wake.notify())
+        };
+        let engine = engine::select(config.engine, config.pool_threads, &config.name, Arc::clone(&on_done))?;
+        let engine_kind = engine.kind();
+        if let Some(fd) = engine.wake_fd() {
+            poll.registry().register(&mut SourceFd(&fd), ENGINE, mio::Interest::READABLE)?;
+        }
+        let pool = ThreadPool::new(&config.name, config.pool_threads, on_done);
+        let ctx = Arc::new(AioContext {
+            name: config.name,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            clock: config.clock,
+            engine_kind,
+            wake,
+            list: BhList::new(),
+            home: HomeCell::new(Home {
+                poll,
+                events: Events::with_capacity(EVENTS_PER_TURN),
+                handlers: HandlerTable::default(),
+                ready: VecDeque::new(),
+                timers: TimerList::default(),
+                due: Vec::new(),
+                engine: Some(engine),
+                pool: Some(pool),
+                reaped: Vec::new(),
+                completions: VecDeque::new(),
+                taken: VecDeque::new(),
+                local_next: VecDeque::new(),
+                local_now: VecDeque::new(),
+                window: PollWindow::new(config.poll),
+            }),
+        });
+        CURRENT.with(|c| *c.borrow_mut() = Arc::downgrade(&ctx));
+        Ok(ctx)
     }
 
-    /// Returns the calling thread's context. Re-read after every yield.
+    /// Returns the calling thread's context. Re-read after every yield; never yields itself.
     #[inline(never)]
     #[must_use]
     pub fn current() -> Option<Arc<AioContext>> {
-        todo!()
+        CURRENT.with(|c| c.borrow().upgrade())
     }
 
-    /// Tells whether the calling thread is this context's home.
+    /// Makes every later poll of the process panic if `guard` says so of its caller. Coroutines install this:
+    /// a coroutine that polled would block its thread, and run others on its own small stack. Set once;
+    /// later calls change nothing.
+    pub fn forbid_poll_when(guard: fn() -> bool) {
+        POLL_GUARD.get_or_init(|| guard);
+    }
+
+    /// Tells whether the calling thread is this context's home. Never yields.
     #[must_use]
     pub fn is_home(&self) -> bool {
-        todo!()
+        self.home.is_home()
     }
 
     /// Returns the name given at creation.
     #[must_use]
     pub fn name(&self) -> &str {
-        todo!()
+        &self.name
     }
 
     /// Returns a process-wide unique, small number.
     #[must_use]
     pub fn id(&self) -> usize {
-        todo!()
+        self.id
     }
 
-    /// Runs one turn; blocks for work if `blocking`. Returns whether anything but the notifier made progress.
+    /// Runs one turn; blocks for work if `blocking`. Returns whether anything but the notifier made progress;
+    /// a blocking poll that was only notified, or interrupted by a signal, returns false.
+    ///
+    /// A plain callback (not a coroutine) may poll: that turn carries on with what the outer one has collected,
+    /// and does not enter a callback that is running.
     ///
     /// # Panics
-    /// When called off the home thread or from inside one of its callbacks in a coroutine (a nested poll from plain handler code is allowed only as aio-co.md 1.7 says).
-    pub fn poll(self: &Arc<Self>, _blocking: bool) -> bool {
-        todo!()
+    /// Off the home thread, and in a coroutine.
+    pub fn poll(self: &Arc<Self>, blocking: bool) -> bool {
+        if let Some(guard) = POLL_GUARD.get() {
+            assert!(
+                !guard(),
+                "AioContext::poll called from a coroutine: it would block the thread; yield instead"
+            );
+        }
+        let counters = &self.wake.counters;
+        counters.turns.add(1);
+        let mut waited_ns = None;
+        self.home.with(|h| {
+            if let Some(engine) = &mut h.engine {
+                engine.flush();
+            }
+            h.reap();
+            let mut timeout = Some(Duration::ZERO);
+            if blocking && !h.has_work() && self.list.is_empty() {
+                timeout = h.timers.timeout(&self.clock);
+            }
+            if timeout == Some(Duration::ZERO) {
+                h.poll_fds(timeout);
+            } else {
+                waited_ns = self.wait(h, timeout);
+            }
+            self.wake.notifier.accept();
+            h.reap();
+            self.list.take(&mut h.taken);
+            h.local_now.append(&mut h.local_next);
+            if let Some(waited_ns) = waited_ns {
+                h.window.learn(waited_ns);
+            }
+        });
+        self.run_completions() | self.run_work() | self.run_handlers() | self.run_timers()
     }
 
-    /// Wakes the loop from any thread; coalesced.
+    /// Polls, then blocks, until there is work or `timeout` has passed. Returns how long that was, in
+    /// nanoseconds, if the window wants to know.
+    fn wait(&self, h: &mut Home, timeout: Option<Duration>) -> Option<u64> {
+        let counters = &self.wake.counters;
+        let notifier = &self.wake.notifier;
+        // Real time even under a mock clock: this is about the machine.
+        let start = h.window.enabled().then(|| Clock::Monotonic.now_ns());
+        let waited = || start.map(|s| Clock::Monotonic.now_ns() - s);
+        if h.window.ns() > 0 {
+            let limit = h.window.ns().min(timeout.map_or(u64::MAX, |t| t.as_nanos() as u64));
+            loop {
+                let hit = (0..SPINS_PER_SYSCALL).any(|_| {
+                    std::hint::spin_loop();
+                    notifier.is_notified() || !self.list.is_empty()
+                });
+                if hit || h.reap() || h.poll_fds(Some(Duration::ZERO)) || h.reap() {
+                    counters.poll_hits.add(1);
+                    return waited();
+                }
+                if waited().is_none_or(|ns| ns >= limit) {
+                    counters.poll_misses.add(1);
+                    break;
+                }
+            }
+        }
+        // Work of ours was looked at before; work of others is announced by the flag.
+        if notifier.begin_block() && self.list.is_empty() {
+            counters.blocks.add(1);
+            h.poll_fds(timeout);
+        } else {
+            h.poll_fds(Some(Duration::ZERO));
+        }
+        notifier.end_block();
+        waited()
+    }
+
+    fn run_completions(self: &Arc<Self>) -> bool {
+        let mut progress = false;
+        while let Some((done, result)) = self.home.with(|h| h.completions.pop_front()) {
+            progress = true;
+            done(result);
+        }
+        progress
+    }
+
+    fn run_work(self: &Arc<Self>) -> bool {
+        let mut runs = 0;
+        while let Some(node) = self.home.with(|h| h.taken.pop_front()) {
+            runs += u64::from(bh::run_node(&node, self));
+        }
+        while let Some(local) = self.home.with(|h| h.local_now.pop_front()) {
+            runs += 1;
+            match local {
+                Local::Run(r) => r.run(self),
+                Local::Once(f) => f(),
+            }
+        }
+        self.wake.counters.bh_runs.add(runs);
+        runs > 0
+    }
+
+    fn run_handlers(self: &Arc<Self>) -> bool {
+        let mut progress = false;
+        loop {
+            let next = self.home.with(|h| {
+                // The callback of a removed handler is not there any more: skip it.
+                while let Some((id, ready)) = h.ready.pop_front() {
+                    if let Some(callback) = h.handlers.begin(id, ready) {
+                        return Some((id, ready, callback));
+                    }
+                }
+                None
+            });
+            let Some((id, ready, mut callback)) = next else { return progress };
+            progress = true;
+            callback(ready);
+            let orphan: Option<HandlerFn> = self.home.with(|h| {
+                let (orphan, missed) = h.handlers.end(id, callback);
+                if let Some(missed) = missed {
+                    h.ready.push_back((id, missed));
+                }
+                orphan
+            });
+            // Dropped outside of the cell: what it captured may call back.
+            drop(orphan);
+        }
+    }
+
+    fn run_timers(self: &Arc<Self>) -> bool {
+        let now_ns = self.home.with(|h| {
+            if h.timers.len() == 0 {
+                return None;
+            }
+            let now_ns = self.clock.now_ns();
+            h.timers.due(now_ns, &mut h.due);
+            (!h.due.is_empty()).then_some(now_ns)
+        });
+        let Some(now_ns) = now_ns else { return false };
+        let due = self.home.with(|h| std::mem::take(&mut h.due));
+        let mut progress = false;
+        for t in due {
+            if let Some(mut callback) = self.home.with(|h| h.timers.claim(&t, now_ns)) {
+                progress = true;
+                callback();
+                timer::put_back(&t, callback);
+            }
+        }
+        progress
+    }
+
+    /// Polls, blocking, until `done` says true; what a plain thread (the main thread, a test) uses to wait for
+    /// its own context. Whoever makes `done` true from another thread calls [`AioContext::notify`] afterwards.
+    ///
+    /// # Panics
+    /// As [`AioContext::poll`].
+    pub fn poll_until(self: &Arc<Self>, mut done: impl FnMut() -> bool) {
+        while !done() {
+            self.poll(true);
+        }
+    }
+
+    /// Wakes the loop from any thread; coalesced: a system call is made only if the loop has announced that it
+    /// will block and nobody else has woken it. Never yields.
     pub fn notify(&self) {
-        todo!()
+        self.wake.notify();
     }
 
-    /// Makes a bottom half; it runs once per turn after any number of schedules.
-    pub fn bh_new(self: &Arc<Self>, _f: impl FnMut() + Send + 'static) -> BottomHalf {
-        todo!()
+    /// Makes a bottom half; it runs once per turn after any number of schedules. Any thread; never yields.
+    pub fn bh_new(self: &Arc<Self>, f: impl FnMut() + Send + 'static) -> BottomHalf {
+        BottomHalf::new(self, Box::new(f))
     }
 
-    /// Schedules a closure to run once on the home thread's next turn. Any thread.
-    pub fn bh_schedule_oneshot(self: &Arc<Self>, _f: impl FnOnce() + Send + 'static) {
-        todo!()
+    /// Schedules a closure to run once on the home thread's next turn. Any thread; never yields.
+    pub fn bh_schedule_oneshot(self: &Arc<Self>, f: impl FnOnce() + Send + 'static) {
+        let f = Box::new(f);
+        if self.is_home() {
+            self.home.with(|h| h.local_next.push_back(Local::Once(f)));
+        } else {
+            self.list.schedule_new(Work::Once(Mutex::new(Some(f))));
+            self.wake.notify();
+        }
     }
 
-    /// Schedules a runnable (FIFO among runnables) for the next turn. Any thread.
-    pub fn schedule(self: &Arc<Self>, _r: Arc<dyn Runnable>) {
-        todo!()
+    /// Schedules a runnable for the next turn; those of one thread run in the order of the calls. Any thread;
+    /// never yields.
+    pub fn schedule(self: &Arc<Self>, r: Arc<dyn Runnable>) {
+        if self.is_home() {
+            self.home.with(|h| h.local_next.push_back(Local::Run(r)));
+        } else {
+            self.list.schedule_new(Work::Run(r));
+            self.wake.notify();
+        }
     }
 
-    /// Registers an edge-triggered fd handler. Home thread only. The fd stays the caller's and must outlive the registration.
+    /// Schedules a bottom half's node. Any thread.
+    pub(super) fn schedule_node(&self, node: &Arc<Node<Work>>) {
+        self.list.schedule(node);
+        // The loop is not blocked while its own thread is here; it looks at the list before it blocks.
+        if !self.is_home() {
+            self.wake.notify();
+        }
+    }
+
+    /// Registers an edge-triggered fd handler. Home thread only; never yields. The fd stays the caller's and
+    /// must outlive the registration: remove the handler before closing it.
     ///
     /// # Errors
     /// What epoll reports (e.g. `EPERM` for a regular file, `EEXIST`).
+    ///
+    /// # Panics
+    /// Off the home thread.
     pub fn add_handler(
         self: &Arc<Self>,
-        _fd: RawFd,
-        _interest: Interest,
-        _f: impl FnMut(Readiness) + Send + 'static,
+        fd: RawFd,
+        interest: Interest,
+        f: impl FnMut(Readiness) + Send + 'static,
     ) -> io::Result<HandlerId> {
-        todo!()
+        self.home.with(|h| {
+            let id = h.handlers.insert(fd, Box::new(f));
+            let registered = h.poll.registry().register(&mut SourceFd(&fd), id.token(), interest.to_mio());
+            if registered.is_err() {
+                h.handlers.remove(id);
+            }
+            registered.map(|()| id)
+        })
     }
 
-    /// Removes a handler, also from inside its own callback. Home thread only; unknown ids are ignored.
-    pub fn remove_handler(&self, _id: HandlerId) {
-        todo!()
+    /// Removes a handler, also from inside its own callback; it is not called again, even if its fd was found
+    /// ready already. Home thread only; unknown ids are ignored; never yields.
+    ///
+    /// # Panics
+    /// Off the home thread.
+    pub fn remove_handler(&self, id: HandlerId) {
+        let callback = self.home.with(|h| {
+            let (fd, callback) = h.handlers.remove(id)?;
+            if let Err(error) = h.poll.registry().deregister(&mut SourceFd(&fd)) {
+                tracing::error!(context = %self.name, fd, %error, "fd was closed before its handler was removed");
+            }
+            callback
+        });
+        // Dropped outside of the cell: what it captured may call back.
+        drop(callback);
     }
 
-    /// Makes a disarmed one-shot timer. Home thread only.
-    pub fn timer_new(self: &Arc<Self>, _f: impl FnMut() + Send + 'static) -> Timer {
-        todo!()
+    /// Makes a disarmed one-shot timer. Home thread only; never yields.
+    ///
+    /// # Panics
+    /// Off the home thread.
+    pub fn timer_new(self: &Arc<Self>, f: impl FnMut() + Send + 'static) -> Timer {
+        let inner = self.home.with(|h| h.timers.make(Box::new(f)));
+        Timer::new(self, inner)
     }
 
-    /// Returns the clock's time in nanoseconds.
+    pub(super) fn with_timers<R>(&self, f: impl FnOnce(&mut TimerList) -> R) -> R {
+        self.home.with(|h| f(&mut h.timers))
+    }
+
+    /// Returns the clock's time in nanoseconds. Any thread; never yields.
     #[must_use]
     pub fn now_ns(&self) -> u64 {
-        todo!()
+        self.clock.now_ns()
     }
 
     /// Queues a file operation; `done` runs on the home thread in a later step of the loop, never inside this call.
-    /// Submissions of one turn go to the kernel together. Home thread only.
+    /// Submissions of one turn go to the kernel together. Home thread only; never yields.
+    ///
+    /// # Panics
+    /// Off the home thread, and after the context was shut down.
     ///
     /// # Safety
     /// The fd and the memory behind `op`'s vectors must stay valid (and unaliased for reads) until `done` runs.
     #[expect(unsafe_code, reason = "buffers are borrowed by the kernel")]
-    pub unsafe fn submit(&self, _op: Op, _done: Completion) {
-        todo!()
+    pub unsafe fn submit(&self, op: Op, done: Completion) {
+        self.wake.counters.engine_submits.add(1);
+        self.home.with(|h| {
+            let engine = h.engine.as_mut().expect("the context was shut down");
+            // SAFETY: the caller vouches for the fd and the memory until `done` runs.
+            unsafe { engine.submit(op, done) };
+        });
     }
 
-    /// Runs `work` on this context's bounded thread pool, then `done` on the home thread. Home thread only.
-    pub fn submit_blocking(&self, _work: Box<dyn FnOnce() -> io::Result<usize> + Send>, _done: Completion) {
-        todo!()
+    /// Runs `work` on this context's bounded thread pool, then `done` on the home thread, with the result, or an
+    /// error if `work` panicked. Home thread only; never yields. The id is for [`AioContext::cancel_blocking`].
+    ///
+    /// # Panics
+    /// Off the home thread, and after the context was shut down.
+    pub fn submit_blocking(
+        &self,
+        work: Box<dyn FnOnce() -> io::Result<usize> + Send>,
+        done: Completion,
+    ) -> JobId {
+        self.home.with(|h| h.pool.as_ref().expect("the context was shut down").submit(work, done))
+    }
+
+    /// Takes blocking work back if no thread has begun it: it never runs, and its completion gets `ECANCELED`.
+    /// False if it has begun or finished. Home thread only; never yields.
+    ///
+    /// # Panics
+    /// Off the home thread.
+    pub fn cancel_blocking(&self, id: JobId) -> bool {
+        self.home.with(|h| h.pool.as_ref().is_some_and(|p| p.cancel(id)))
     }
 
     /// Which engine was chosen.
     #[must_use]
     pub fn engine_kind(&self) -> EngineKind {
-        todo!()
+        self.engine_kind
     }
 
-    /// Returns this context's counters.
+    /// Returns this context's counters. Any thread.
     #[must_use]
     pub fn counters(&self) -> &ContextCounters {
-        todo!()
+        &self.wake.counters
     }
 
-    /// Changes busy polling. Home thread only.
-    pub fn set_poll(&self, _poll: PollConfig) {
-        todo!()
-    }
-}
-
-/// A bottom half: a callback that runs once on the next turn of its context after being scheduled. Dropping it deletes it.
-pub struct BottomHalf {
-    _private: (),
-}
-
-impl BottomHalf {
-    /// Schedules a run. Any thread; scheduling twice before the run is one run.
-    pub fn schedule(&self) {
-        todo!()
-    }
-
-    /// Takes a scheduled run back, if it has not begun. Any thread.
-    pub fn cancel(&self) {
-        todo!()
-    }
-}
-
-/// A one-shot timer of one context; home thread only. Dropping it disarms it.
-pub struct Timer {
-    _private: (),
-}
-
-impl Timer {
-    /// Arms (or moves) the timer to fire at `deadline_ns` of the context's clock.
-    pub fn mod_ns(&self, _deadline_ns: u64) {
-        todo!()
-    }
-
-    /// Disarms the timer.
-    pub fn del(&self) {
-        todo!()
-    }
-
-    /// Tells whether the timer is armed.
+    /// Registered handlers, armed timers and unfinished file operations: what keeps a context busy. Home thread
+    /// only; never yields.
+    ///
+    /// # Panics
+    /// Off the home thread.
     #[must_use]
-    pub fn pending(&self) -> bool {
-        todo!()
+    pub fn load(&self) -> (usize, usize, usize) {
+        self.home.with(|h| {
+            let io =
+                h.engine.as_ref().map_or(0, |e| e.in_flight()) + h.pool.as_ref().map_or(0, |p| p.in_flight());
+            (h.handlers.len(), h.timers.len(), io)
+        })
+    }
+
+    /// Changes busy polling. Home thread only; never yields.
+    ///
+    /// # Panics
+    /// Off the home thread.
+    pub fn set_poll(&self, poll: PollConfig) {
+        self.home.with(|h| h.window.set(poll));
+    }
+
+    /// Ends the context: waits for file operations, runs what is scheduled (at most a bounded number of turns),
+    /// then drops handlers, timers and the engine. What is scheduled later never runs. Home thread, not in a
+    /// callback.
+    pub(super) fn shut_down(self: &Arc<Self>) {
+        /// Work that keeps scheduling more work must not keep the thread for ever (ours).
+        const LAST_TURNS: usize = 10_000;
+        for _ in 0..LAST_TURNS {
+            let busy_io = self.load().2 > 0;
+            let progress = self.poll(busy_io);
+            if !progress && !busy_io && self.list.is_empty() && self.home.with(|h| !h.has_work()) {
+                break;
+            }
+        }
+        let handlers: Vec<_> = self.home.with(|h| h.handlers.drain());
+        for (fd, callback) in handlers {
+            self.home.with(|h| {
+                // The owner may have closed it already: it is going away either way.
+                let _ = h.poll.registry().deregister(&mut SourceFd(&fd));
+            });
+            drop(callback);
+        }
+        let (timers, engine, pool) =
+            self.home.with(|h| (std::mem::take(&mut h.timers), h.engine.take(), h.pool.take()));
+        drop((timers, engine, pool));
+        CURRENT.with(|c| *c.borrow_mut() = Weak::new());
     }
 }

@@ -3,21 +3,28 @@
 //! Knows no coroutine, no NBD, no image. One [`AioContext`] has one *home thread*; only that thread
 //! polls it, runs its callbacks and touches its handlers and timers. Any thread may schedule a bottom
 //! half or a [`Runnable`] on it.
+//!
+//! - `context.rs`: one turn of the loop   - `bh.rs`, `bh_list.rs`: bottom halves and the list they arrive in
+//! - `notifier.rs`: who must write the eventfd   - `handler.rs`: fd handlers   - `timer.rs`: timers
+//! - `polling.rs`: adaptive busy polling   - `home.rs`: thread affinity, checked   - `iothread.rs`: threads
+//! - [`engine`]: asynchronous file I/O, by io_uring or by threads
 
+mod bh;
+mod bh_list;
 mod context;
 pub mod engine;
+mod handler;
+mod home;
 mod iothread;
+mod notifier;
+mod polling;
+mod runnable;
+mod timer;
 
-pub use context::{
-    AioConfig, AioContext, BottomHalf, Clock, ContextCounters, HandlerId, Interest, PollConfig, Readiness,
-    Timer,
-};
-pub use iothread::IoThread;
-
-use std::sync::Arc;
-
-/// Something that a context can be asked to run on its home thread (coroutines implement this).
-pub trait Runnable: Send + Sync {
-    /// Runs on `ctx`'s home thread, in a later turn than the call that scheduled it.
-    fn run(self: Arc<Self>, ctx: &Arc<AioContext>);
-}
+pub use bh::BottomHalf;
+pub use context::{AioConfig, AioContext, ContextCounters};
+pub use handler::{HandlerId, Interest, Readiness};
+pub use iothread::{IoThread, OnPanic};
+pub use polling::PollConfig;
+pub use runnable::Runnable;
+pub use timer::{Clock, Timer};

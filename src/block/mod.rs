@@ -1,8 +1,50 @@
-//! Images: a graph of nodes below a [`BlockBackend`]. (owner: block helper; the trait is the contract)
+//! Images: a graph of nodes below a [`BlockBackend`].
+//!
+//! ```text
+//!   nbd::export ── BlockBackend ── [raw window] ── [fault] ── file | memory | null
+//!                  in-flight count,  offset/size,   tests      host file or device,
+//!                  drain, bounds     probe guard               page cache or O_DIRECT
+//! ```
+//!
+//! A node is a [`BlockNode`]; nodes are shared by `Arc` and used by coroutines of all IOThreads at once. Nothing
+//! here belongs to one thread. Reads and overwrites of one image on different threads share no lock and no written
+//! cache line: what must be counted is counted per thread (`shard`).
+//!
+//! Rules of the layer:
+//! - Requests were validated by the protocol layer: a range outside the node is a bug and panics; everything that a
+//!   client, the file system or the device can cause is an [`Error`] with an errno.
+//! - `co_` methods may yield, `try_` methods never do, `open` blocks (call it before serving, or by [`co_open`]).
+//! - A std lock is never held across a yield; waiters queue themselves under the lock that guards what they wait for
+//!   (`wait`), so no wake-up is lost between threads.
 
 mod backend;
+mod fault;
+mod file;
+mod flush;
+mod graph;
+mod iov;
+mod lock_bytes;
+mod memory;
+mod null;
+mod probe;
+mod quick_writes;
+mod range_lock;
+mod raw;
+mod shard;
+mod status_cache;
+mod wait;
 
-pub use backend::BlockBackend;
+pub use backend::{BackendStats, BlockBackend, Drained};
+pub use fault::{FaultAction, FaultNode, FaultOps, FaultRule, FaultWhen, HeldOp, RuleId};
+pub use file::{CacheMode, DiscardMode, FileNode, FileOptions};
+pub use flush::FlushGroup;
+pub use graph::{Format, OpenError, OpenOptions, co_open, open};
+pub use lock_bytes::LockMode;
+pub use memory::MemoryNode;
+pub use null::NullNode;
+pub use probe::{ForeignFormat, PROBE_LEN, probe};
+pub use range_lock::{RangeGuard, RangeLock};
+pub use raw::RawNode;
 
 use bitflags::bitflags;
 use std::io;
@@ -69,6 +111,16 @@ pub struct Error {
 }
 
 impl Error {
+    /// Puts a place to an I/O error.
+    pub fn new(op: &'static str, node: &str, offset: u64, source: io::Error) -> Error {
+        Error { op, node: node.to_owned(), offset, source }
+    }
+
+    /// An error with an errno of ours.
+    pub(crate) fn from_errno(op: &'static str, node: &str, offset: u64, errno: i32) -> Error {
+        Error::new(op, node, offset, io::Error::from_raw_os_error(errno))
+    }
+
     /// The errno behind it (`EIO` if there is none).
     #[must_use]
     pub fn errno(&self) -> i32 {
@@ -100,9 +152,16 @@ pub trait BlockNode: Send + Sync {
     /// What the node wants and can do.
     fn limits(&self) -> Limits;
 
-    /// Reads all of `buf` if that needs no waiting (page cache, memory): `true` when done. Plain code may call it; never yields.
-    fn try_pread(&self, _offset: u64, _buf: &mut [u8]) -> bool {
-        false
+    /// Reads all of `buf` if that needs no waiting (page cache, memory): `true` when done; on `false` `buf` holds
+    /// anything. Plain code may call it; never yields.
+    fn try_pread(&self, offset: u64, buf: &mut [u8]) -> bool {
+        self.try_pread_some(offset, buf) == buf.len()
+    }
+
+    /// Reads as much of the front of `buf` as needs no waiting, and returns how many bytes that is: the caller gets
+    /// the rest by [`BlockNode::co_preadv`]. Plain code may call it; never yields.
+    fn try_pread_some(&self, _offset: u64, _buf: &mut [u8]) -> usize {
+        0
     }
 
     /// Writes all of `buf` if that is expected not to wait: `None` when it was not tried. Never yields.

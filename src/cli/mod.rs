@@ -1,6 +1,148 @@
-//! The command line: one file per subcommand (owner: CLI helper).
+//! The command line: one file per subcommand. Parses, runs, and turns the outcome into an exit code.
+//!
+//! Data goes to stdout, everything else to stderr; an error is one line that says what, where and what to do
+//! next. Runs on the main thread.
+
+mod bench;
+mod inspect;
+mod man;
+mod serve;
+
+use crate::aio::{AioConfig, AioContext};
+use crate::co::Coroutine;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Done.
+pub const EXIT_OK: u8 = 0;
+/// It did not work: an image, a socket, a server, the system.
+pub const EXIT_FAILURE: u8 = 1;
+/// The command line or the configuration file is wrong (clap's number, too).
+pub const EXIT_USAGE: u8 = 2;
+/// `bench --verify` read something other than what was written.
+pub const EXIT_VERIFY: u8 = 3;
+/// `serve` was stopped before everything in flight was finished and flushed.
+pub const EXIT_CUT: u8 = 4;
+
+/// Network block device server: serves raw images over NBD on several threads.
+#[derive(Debug, Parser)]
+#[command(
+    name = "conbd",
+    version,
+    propagate_version = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 bench --verify found wrong data,\n\
+                  4 serve was stopped before everything in flight was finished and flushed."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::ServeArgs),
+    Bench(bench::BenchArgs),
+    Inspect(inspect::InspectArgs),
+    #[command(hide = true)]
+    GenMan(man::GenManArgs),
+}
+
+/// An error that ends the program: one line for stderr and an exit code.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    /// It did not work.
+    pub(crate) fn failed(message: impl std::fmt::Display) -> Failure {
+        Failure { code: EXIT_FAILURE, message: message.to_string() }
+    }
+    /// It was asked for wrongly.
+    pub(crate) fn usage(message: impl std::fmt::Display) -> Failure {
+        Failure { code: EXIT_USAGE, message: message.to_string() }
+    }
+}
+
+/// Joins an error with its sources: `what: why: why`. A source whose text its parent has already is left out.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Runs `f` in a coroutine on an AioContext of the calling thread, until it is done.
+pub(crate) fn run_coroutine<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
+    let context = AioContext::new(AioConfig { name: "main".to_owned(), ..AioConfig::default() })?;
+    let result = Arc::new(Mutex::new(None));
+    let slot = Arc::clone(&result);
+    let take = move |slot: &Mutex<Option<T>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+    Coroutine::new(move || {
+        let value = f();
+        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    })
+    .schedule(&context);
+    let mut value = None;
+    context.poll_until(|| {
+        value = take(&result);
+        value.is_some()
+    });
+    Ok(value.expect("poll_until returns when there is a value"))
+}
+
+/// Writes to stdout. A reader that has gone away (`| head`) is no failure.
+pub(crate) fn write_out(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::failed(format!("cannot write to stdout: {e}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The whole command line's definition, for the man page and its test.
+#[must_use]
+pub fn definition() -> clap::Command {
+    Cli::command()
+}
 
 /// Runs the program and returns its exit code.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // clap's own output: help and version to stdout with code 0, errors to stderr with code 2.
+            let code = u8::try_from(e.exit_code()).unwrap_or(EXIT_USAGE);
+            // A closed stdout or stderr is no reason to fail differently.
+            let _ = e.print();
+            return ExitCode::from(code);
+        }
+    };
+    let outcome = match cli.command {
+        Command::Serve(args) => serve::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::GenMan(args) => man::run(&args),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            eprintln!("conbd: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
 }

@@ -1,1 +1,33 @@
-//! Test root.
+//! Integration tests: one binary, one module per behaviour of the library and the program.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod aio;
+mod block_device;
+mod block_direct;
+mod block_drain;
+mod block_file;
+mod block_flush;
+mod block_lock;
+mod block_model;
+mod cli_bench;
+mod cli_client;
+mod cli_harness;
+mod cli_inspect;
+mod cli_licences;
+mod cli_serve;
+mod co_coroutine;
+mod co_io;
+mod co_mutex;
+mod co_queue;
+mod co_sleep;
+mod co_stream;
+mod config;
+mod engine;
+mod nbd_basic;
+mod nbd_common;
+mod nbd_handshake;
+mod nbd_robust;
+mod nbd_transmission;
+mod support;
+mod tidy;

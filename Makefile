@@ -1,0 +1,57 @@
+# conbd: what a developer types. `make help` lists it.
+#
+# Every cargo call is --locked: Cargo.lock is the truth about dependencies.
+
+CARGO ?= cargo
+# The engine that builds and runs images: the first of these that is installed.
+CONTAINER ?= $(firstword $(foreach e,docker podman buildah,$(if $(shell command -v $(e) 2>/dev/null),$(e))))
+IMAGE ?= conbd:latest
+
+.DEFAULT_GOAL := help
+.PHONY: help build run test test-deps test-kernel quick fmt lint doc man bench bench-micro docker clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## Build the release binary: target/release/conbd
+	$(CARGO) build --release --locked
+
+run: build ## Serve a demo disk on loopback, and print its URI and what to try
+	@scripts/demo.sh
+
+test: ## Everything CI runs: tools, formatting, lints, docs, all tests, man pages
+	@scripts/test.sh
+
+test-deps: ## Install the clients that the tests drive (apt, as root), if missing
+	@scripts/test-deps.sh
+
+quick: ## The tests that need no other program
+	$(CARGO) test --locked --lib --bins --test it
+
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+lint: ## clippy, warnings are errors
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+doc: ## API documentation, warnings are errors
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+man: ## Regenerate man/ from the command line's definitions and config/conbd.toml
+	$(CARGO) run --locked --quiet -- gen-man man
+
+test-kernel: build ## A real Linux kernel and QEMU as clients, in an emulated machine (downloads a kernel)
+	@scripts/kernel-test.sh
+
+bench: build ## Compare with qemu-nbd and nbdkit (those installed), side by side
+	@scripts/bench.py
+
+bench-micro: ## The criterion benches (coroutine switch, locks, loop, wire, serving in-process)
+	$(CARGO) bench --locked
+
+docker: ## Build the container image $(IMAGE) with docker, podman or buildah
+	@test -n "$(CONTAINER)" || { echo "make docker: none of docker, podman, buildah is installed; install one, or name it: make docker CONTAINER=..." >&2; exit 1; }
+	$(CONTAINER) $(if $(filter buildah,$(notdir $(CONTAINER))),build --format docker,build) -t $(IMAGE) .
+
+clean: ## Remove what was built
+	$(CARGO) clean

@@ -1,2 +1,0 @@
-//! Placeholder bench: replaced by its owner.
-fn main() {}

@@ -1,0 +1,317 @@
+//! Opening an image: from options to the node that a [`super::BlockBackend`] wraps.
+//!
+//! ```text
+//!   FileNode ── format raw, given:   as it is, or a RawNode for a window
+//!            └─ format probed:       raw → RawNode that keeps image signatures out of the first sector
+//!                                    anything else → an error that names it
+//! ```
+//! Opening blocks (paths, locks, sysfs): the daemon does it before it serves; later only by [`co_open`].
+
+use super::file::{CacheMode, DiscardMode, FileNode, FileOptions};
+use super::lock_bytes::LockMode;
+use super::probe::{ForeignFormat, PROBE_LEN, probe};
+use super::raw::RawNode;
+use super::{BlockNode, Error};
+use crate::co;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// Format of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// Told by the first sector. A raw image found that way refuses writes that would make it look otherwise.
+    #[default]
+    Auto,
+    /// The bytes as they are.
+    Raw,
+}
+
+impl Format {
+    /// All of them, with their names.
+    pub const ALL: [(&'static str, Format); 2] = [("auto", Format::Auto), ("raw", Format::Raw)];
+}
+
+/// A word that is none of an option's values.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown {what} {word:?}, expected one of: {expected}")]
+pub struct UnknownWord {
+    what: &'static str,
+    word: String,
+    expected: String,
+}
+
+macro_rules! words {
+    ($t:ty, $what:literal) => {
+        impl FromStr for $t {
+            type Err = UnknownWord;
+            fn from_str(word: &str) -> Result<Self, UnknownWord> {
+                let all = <$t>::ALL;
+                all.iter().find(|a| a.0 == word).map(|a| a.1).ok_or_else(|| UnknownWord {
+                    what: $what,
+                    word: word.to_owned(),
+                    expected: all.map(|a| a.0).join(", "),
+                })
+            }
+        }
+        impl std::fmt::Display for $t {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(<$t>::ALL.iter().find(|a| a.1 == *self).map_or("", |a| a.0))
+            }
+        }
+    };
+}
+
+words!(Format, "format");
+words!(CacheMode, "cache mode");
+words!(DiscardMode, "discard mode");
+words!(LockMode, "lock mode");
+
+/// What is opened, and how.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Regular file or block device.
+    pub filename: PathBuf,
+    /// Format.
+    pub format: Format,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Caching.
+    pub cache: CacheMode,
+    /// Discarding.
+    pub discard: DiscardMode,
+    /// Image locks.
+    pub lock: LockMode,
+    /// First byte of the file that is shown.
+    pub offset: u64,
+    /// How many bytes are shown; `None`: up to the file's end.
+    pub size: Option<u64>,
+}
+
+impl OpenOptions {
+    /// The defaults for a path: probed, read-write, writeback, unmap, locked, the whole file.
+    pub fn new(filename: impl Into<PathBuf>) -> OpenOptions {
+        OpenOptions {
+            filename: filename.into(),
+            format: Format::default(),
+            read_only: false,
+            cache: CacheMode::default(),
+            discard: DiscardMode::default(),
+            lock: LockMode::default(),
+            offset: 0,
+            size: None,
+        }
+    }
+}
+
+/// Why an image cannot be opened; the text says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such file.
+    #[error(
+        "image {path:?} does not exist; check the path, or create it (for example: truncate -s 10G FILE)"
+    )]
+    NotFound {
+        /// Path as given.
+        path: PathBuf,
+    },
+    /// The file may not be opened that way.
+    #[error("no permission to open image {path:?} for {how}; {hint}", how = how(*read_only), hint = hint(*read_only))]
+    Permission {
+        /// Path as given.
+        path: PathBuf,
+        /// Whether only reading was asked for.
+        read_only: bool,
+        /// What the system reported.
+        source: io::Error,
+    },
+    /// The file system, or the device, is read-only.
+    #[error("image {path:?} cannot be written, its file system or device is read-only; open it read-only")]
+    ReadOnlyMedium {
+        /// Path as given.
+        path: PathBuf,
+    },
+    /// A directory.
+    #[error("image {path:?} is a directory; give the path of a file or of a block device")]
+    Directory {
+        /// Path as given.
+        path: PathBuf,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("image {path:?} is neither a regular file nor a block device")]
+    NotAnImage {
+        /// Path as given.
+        path: PathBuf,
+    },
+    /// No bytes.
+    #[error("image {path:?} is empty; {hint}", hint = if *device { "is there a medium in the device?" } else { "give it a size first (for example: truncate -s 10G FILE)" })]
+    Empty {
+        /// Path as given.
+        path: PathBuf,
+        /// Whether it is a device.
+        device: bool,
+    },
+    /// `O_DIRECT` is not supported.
+    #[error(
+        "image {path:?} cannot be opened with O_DIRECT, its file system does not support it; use the cache mode writeback"
+    )]
+    NoDirect {
+        /// Path as given.
+        path: PathBuf,
+    },
+    /// Somebody else's lock stands against us.
+    #[error("image {path:?} is in use: {meaning} (lock byte {byte}{holder}); end that program, or open the image read-only if it only reads, or see the lock modes shared and off", holder = holder.as_ref().map(|h| format!(", held by {h}")).unwrap_or_default())]
+    Locked {
+        /// Path as given.
+        path: PathBuf,
+        /// The byte of QEMU's image locks that is held.
+        byte: u64,
+        /// What it means.
+        meaning: &'static str,
+        /// Who holds it, if that could be found out.
+        holder: Option<String>,
+    },
+    /// Locks do not work there.
+    #[error(
+        "image {path:?} cannot be locked, its file system does not support it; if no other program uses the image, use the lock mode off"
+    )]
+    CannotLock {
+        /// Path as given.
+        path: PathBuf,
+        /// What the system reported.
+        source: io::Error,
+    },
+    /// A format that this version does not know.
+    #[error(
+        "image {path:?} looks like {format}, which this version does not support; use the format raw to serve the bytes as they are"
+    )]
+    ForeignFormat {
+        /// Path as given.
+        path: PathBuf,
+        /// What it looks like.
+        format: ForeignFormat,
+    },
+    /// The window is not inside of the file.
+    #[error("the window of image {path:?} (offset {offset}{size}) is not inside of its {len} bytes", size = size.map(|s| format!(", size {s}")).unwrap_or_default())]
+    Window {
+        /// Path as given.
+        path: PathBuf,
+        /// Its first byte.
+        offset: u64,
+        /// Its size.
+        size: Option<u64>,
+        /// The file's size.
+        len: u64,
+    },
+    /// Anything else.
+    #[error("cannot open image {path:?}")]
+    Io {
+        /// Path as given.
+        path: PathBuf,
+        /// What the system reported.
+        source: io::Error,
+    },
+}
+
+fn how(read_only: bool) -> &'static str {
+    if read_only { "reading" } else { "reading and writing" }
+}
+
+fn hint(read_only: bool) -> &'static str {
+    if read_only {
+        "change its owner or mode, or run as a user that may"
+    } else {
+        "change its owner or mode, run as a user that may, or open it read-only"
+    }
+}
+
+impl OpenError {
+    pub(crate) fn io(path: &Path, read_only: bool, source: io::Error) -> OpenError {
+        let path = path.to_owned();
+        match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => OpenError::NotFound { path },
+            Some(libc::EACCES | libc::EPERM) => OpenError::Permission { path, read_only, source },
+            Some(libc::EROFS) => OpenError::ReadOnlyMedium { path },
+            Some(libc::EISDIR) => OpenError::Directory { path },
+            Some(libc::ENXIO) => OpenError::NotAnImage { path },
+            _ => OpenError::Io { path, source },
+        }
+    }
+
+    /// The errno behind it.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        let of = |e: &io::Error| e.raw_os_error().unwrap_or(libc::EIO);
+        match self {
+            OpenError::NotFound { .. } => libc::ENOENT,
+            OpenError::Permission { source, .. }
+            | OpenError::CannotLock { source, .. }
+            | OpenError::Io { source, .. } => of(source),
+            OpenError::ReadOnlyMedium { .. } => libc::EROFS,
+            OpenError::Directory { .. } => libc::EISDIR,
+            OpenError::Locked { .. } => libc::EAGAIN,
+            OpenError::ForeignFormat { .. } => libc::ENOTSUP,
+            OpenError::NotAnImage { .. }
+            | OpenError::Empty { .. }
+            | OpenError::NoDirect { .. }
+            | OpenError::Window { .. } => libc::EINVAL,
+        }
+    }
+}
+
+/// Opens and locks an image. Blocks: before serving, or by [`co_open`].
+///
+/// # Errors
+/// See [`OpenError`].
+pub fn open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
+    let path = &options.filename;
+    let file = FileNode::open(&FileOptions {
+        path: path.clone(),
+        read_only: options.read_only,
+        cache: options.cache,
+        discard: options.discard,
+        lock: options.lock,
+    })?;
+    if options.format == Format::Auto {
+        let head =
+            file.read_head(PROBE_LEN).map_err(|source| OpenError::Io { path: path.clone(), source })?;
+        if let Some(format) = probe(&head) {
+            return Err(OpenError::ForeignFormat { path: path.clone(), format });
+        }
+        if !options.read_only {
+            tracing::info!(
+                node = %file.name(),
+                "format not given, probed as raw: writes that put another format's signature into the first sector \
+                 will be refused; give the format raw to allow them"
+            );
+        }
+    }
+    let len = file.len();
+    let file: Arc<dyn BlockNode> = Arc::new(file);
+    let guard = options.format == Format::Auto && options.offset < PROBE_LEN as u64 && !options.read_only;
+    if options.offset == 0 && options.size.is_none_or(|s| s == len) && !guard {
+        return Ok(file);
+    }
+    let name = file.name().to_owned();
+    let window =
+        |_: Error| OpenError::Window { path: path.clone(), offset: options.offset, size: options.size, len };
+    let raw = RawNode::new(&name, file, options.offset, options.size).map_err(window)?;
+    if raw.is_empty() {
+        return Err(OpenError::Window {
+            path: path.clone(),
+            offset: options.offset,
+            size: options.size,
+            len,
+        });
+    }
+    Ok(if guard { Arc::new(raw.with_probe_guard()) } else { Arc::new(raw) })
+}
+
+/// [`open`] on the context's thread pool. Coroutine only; yields.
+///
+/// # Errors
+/// See [`OpenError`].
+pub fn co_open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
+    co::co_run_blocking(|| open(options))
+}

@@ -1,0 +1,502 @@
+//! What the coroutines of one connection share: the way out for replies, and the requests that run in coroutines.
+//!
+//! Home thread only, like all of a session (`session.rs` has the picture and the invariants). The [`Outbox`] lock is a
+//! leaf, uncontended, and never held across a yield.
+//!
+//! Who sends: whoever finishes a reply and finds nobody sending, unless it pays to wait for more. While the reader is at
+//! work it sends before it waits; else a bottom half sends what has gathered, one turn after the first of it; a reply
+//! that is alone, or a full batch, leaves at once.
+
+use super::budget::{ConnBudget, Reservation};
+use super::export::Export;
+use super::handshake::Negotiated;
+use super::meta::{self, MetaContext};
+use super::proto::*;
+use super::reply::{Batch, FLUSH_AT, Runs};
+use super::server::{Shared, ThreadCounters};
+use super::wire::{
+    ChunkHeader, RequestHeader, SimpleReply, StatusExtent, encode_none, put_block_status, put_error_chunk,
+};
+use crate::aio::{AioContext, BottomHalf};
+use crate::block::{self, BlockBackend, StatusFlags};
+use crate::co::{CoStream, Coroutine};
+use crate::util::buf::IoBuf;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tracing::{debug, warn};
+
+/// Reads from this many bytes on ask for the block status first when the data is not at hand (ours).
+const STATUS_FROM: u32 = 64 << 10;
+/// Extents that a read asks about before it just reads the rest (ours).
+const STATUS_MAX: usize = 64;
+/// Bytes per `sendmsg` at most (ours): progress is noticed at this grain.
+const SEND_STEP: usize = 1 << 20;
+
+pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Replies on their way out, and who has to do with them.
+#[derive(Default)]
+pub(super) struct Outbox {
+    pub(super) queue: Batch,
+    /// Somebody sends; others leave their replies in the queue.
+    pub(super) sending: bool,
+    /// Requests in coroutines, and the one whose payload is being received.
+    pub(super) in_flight: u32,
+    /// The reader, waiting for the sender or for the end of all requests.
+    pub(super) reader: Option<Coroutine>,
+    /// The reader is at work and will send the queue before it waits: replies need not send themselves.
+    pub(super) reader_busy: bool,
+    /// Sending has failed, or the connection was cut: replies go nowhere.
+    pub(super) dead: bool,
+    /// The reader has seen that the server shuts down.
+    pub(super) draining: bool,
+    /// The server was told that nothing is in flight any more.
+    pub(super) drained: bool,
+}
+
+/// What the coroutines of one connection share.
+pub(super) struct Conn {
+    pub(super) shared: Arc<Shared>,
+    pub(super) stream: Arc<CoStream>,
+    pub(super) ctx: Arc<AioContext>,
+    pub(super) counters: Arc<ThreadCounters>,
+    pub(super) id: u64,
+    pub(super) peer: String,
+    pub(super) export: Arc<Export>,
+    pub(super) flags: TransmissionFlags,
+    pub(super) structured: bool,
+    pub(super) contexts: Vec<MetaContext>,
+    pub(super) budget: Arc<ConnBudget>,
+    pub(super) outbox: Mutex<Outbox>,
+    /// Sends what has gathered in the queue, a turn after the first of it.
+    pub(super) flush_bh: OnceLock<BottomHalf>,
+    /// Requests answered with an error.
+    pub(super) errors: AtomicU64,
+    /// Since when the client has not taken a byte, in nanoseconds; 0: it does.
+    pub(super) stalled_since: Arc<AtomicU64>,
+    pub(super) began_ns: u64,
+}
+
+impl Conn {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        stream: &Arc<CoStream>,
+        ctx: &Arc<AioContext>,
+        counters: Arc<ThreadCounters>,
+        id: u64,
+        peer: String,
+        negotiated: Negotiated,
+    ) -> Arc<Conn> {
+        let config = &shared.config;
+        let budget = ConnBudget::new(config.conn_bytes, config.conn_requests, shared.daemon.clone());
+        let conn = Arc::new(Conn {
+            shared: shared.clone(),
+            stream: stream.clone(),
+            ctx: ctx.clone(),
+            counters,
+            id,
+            peer,
+            export: negotiated.export,
+            flags: negotiated.flags,
+            structured: negotiated.structured,
+            contexts: negotiated.contexts,
+            budget,
+            outbox: Mutex::default(),
+            flush_bh: OnceLock::new(),
+            errors: AtomicU64::new(0),
+            stalled_since: shared.stall_clock(id),
+            began_ns: ctx.now_ns(),
+        });
+        let weak = Arc::downgrade(&conn);
+        let bh = ctx.bh_new(move || {
+            if let Some(conn) = weak.upgrade() {
+                conn.flush_from_loop();
+            }
+        });
+        assert!(conn.flush_bh.set(bh).is_ok(), "set once");
+        conn
+    }
+
+    pub(super) fn backend(&self) -> &BlockBackend {
+        self.export.backend()
+    }
+
+    /// Ends the connection: nothing more is sent, the reader wakes with an error.
+    pub(super) fn fail(&self) {
+        let mut outbox = lock(&self.outbox);
+        outbox.dead = true;
+        let lost = std::mem::take(&mut outbox.queue);
+        drop(outbox);
+        drop(lost);
+        self.stream.interrupt();
+    }
+
+    /// Sends a batch from byte `sent` on. False: the connection is dead. Yields.
+    fn co_send(&self, batch: &Batch, mut sent: usize) -> bool {
+        while sent < batch.bytes() {
+            match self.try_send(batch, sent) {
+                Ok(n) => sent += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.stalled_since.store(self.ctx.now_ns().max(1), Ordering::Relaxed);
+                    let ready = self.stream.co_wait_writable();
+                    self.stalled_since.store(0, Ordering::Relaxed);
+                    if let Err(error) = ready {
+                        debug!(conn = self.id, %error, "gave up sending");
+                        return false;
+                    }
+                }
+                Err(error) => {
+                    debug!(conn = self.id, %error, "cannot send");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn try_send(&self, batch: &Batch, sent: usize) -> io::Result<usize> {
+        let mut slices = [IoSlice::new(&[]); 64];
+        let (n, _) = batch.slices(sent, SEND_STEP, &mut slices);
+        self.stream.try_writev(&slices[..n])
+    }
+
+    /// Takes the queue to send it, if nobody else does and there is something.
+    fn take_queue(&self) -> Option<Batch> {
+        let mut outbox = lock(&self.outbox);
+        if outbox.dead {
+            outbox.queue = Batch::new();
+        }
+        if outbox.sending || outbox.queue.is_empty() {
+            return None;
+        }
+        outbox.sending = true;
+        Some(std::mem::take(&mut outbox.queue))
+    }
+
+    /// Ends a turn of sending; `ok` is false when it failed. What was sent is dropped by the caller before: its budget
+    /// is given back first.
+    fn sent(&self, ok: bool) {
+        self.counters.reply_batches.add(1);
+        lock(&self.outbox).sending = false;
+        if !ok {
+            self.fail();
+        }
+    }
+
+    /// Sends the queue until it is empty, unless somebody does already. Yields.
+    pub(super) fn co_drain(&self) {
+        while let Some(batch) = self.take_queue() {
+            let ok = self.co_send(&batch, 0);
+            drop(batch);
+            self.sent(ok);
+        }
+        self.after_drain();
+    }
+
+    /// The bottom half: sends without waiting; a coroutine goes on if the socket is full.
+    fn flush_from_loop(self: &Arc<Self>) {
+        while let Some(batch) = self.take_queue() {
+            let mut sent = 0;
+            let ok = loop {
+                if sent == batch.bytes() {
+                    break true;
+                }
+                match self.try_send(&batch, sent) {
+                    Ok(n) => sent += n,
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        let conn = self.clone();
+                        let rest = move || {
+                            let ok = conn.co_send(&batch, sent);
+                            drop(batch);
+                            conn.sent(ok);
+                            conn.co_drain();
+                        };
+                        return Coroutine::new(rest).enter();
+                    }
+                    Err(_) => break false,
+                }
+            };
+            drop(batch);
+            self.sent(ok);
+        }
+        self.after_drain();
+    }
+
+    /// Whoever waits for the queue or for the end of all requests looks again.
+    pub(super) fn after_drain(&self) {
+        let (reader, drained) = {
+            let mut outbox = lock(&self.outbox);
+            let quiet = outbox.in_flight == 0 && !outbox.sending && outbox.queue.is_empty();
+            let drained = outbox.draining && quiet && !outbox.drained;
+            outbox.drained |= drained;
+            (if outbox.sending { None } else { outbox.reader.take() }, drained)
+        };
+        if drained {
+            self.shared.session_drained(self.id);
+        }
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// Appends a reply without content.
+    fn put_done(&self, batch: &mut Batch, cookie: u64) {
+        batch.put(&SimpleReply { error: None, cookie }.encode());
+    }
+
+    /// Appends an error reply and counts it.
+    pub(super) fn put_error(&self, batch: &mut Batch, cookie: u64, error: Errno, message: &str) {
+        self.counters.errors.add(1);
+        self.errors.store(self.errors.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        if self.structured {
+            let mut chunk = Vec::with_capacity(ChunkHeader::LEN + 6 + message.len());
+            put_error_chunk(&mut chunk, ReplyFlags::NBD_REPLY_FLAG_DONE, cookie, error, message, None);
+            batch.put(&chunk);
+        } else {
+            batch.put(&SimpleReply { error: Some(error), cookie }.encode());
+        }
+    }
+
+    /// Appends the reply to a request that the backend refused.
+    fn put_block_error(&self, batch: &mut Batch, cookie: u64, cmd: u16, e: &block::Error, fast_zero: bool) {
+        let os = e.errno();
+        let unsupported = os == libc::ENOTSUP || os == libc::EOPNOTSUPP;
+        let error = if fast_zero && unsupported { Errno::NBD_ENOTSUP } else { Errno::from_os(os) };
+        if error == Errno::NBD_ENOTSUP {
+            debug!(conn = self.id, cookie, "zeroing would not be fast");
+        } else {
+            self.shared.warn_limited(|suppressed| {
+                warn!(
+                    peer = self.peer,
+                    conn = self.id,
+                    export = self.export.name(),
+                    cmd = cmd_name(cmd),
+                    errno = %error,
+                    error = e as &dyn std::error::Error,
+                    suppressed,
+                    "request failed"
+                );
+            });
+        }
+        let source = io::Error::from_raw_os_error(os);
+        self.put_error(batch, cookie, error, &source.to_string());
+    }
+
+    /// Appends the reply to a request without content.
+    pub(super) fn put_result(&self, batch: &mut Batch, h: &RequestHeader, result: &block::Result<()>) {
+        match result {
+            Ok(()) => self.put_done(batch, h.cookie),
+            Err(e) => {
+                let fast = h.flags.contains(CmdFlags::NBD_CMD_FLAG_FAST_ZERO);
+                self.put_block_error(batch, h.cookie, h.cmd, e, fast);
+            }
+        }
+    }
+
+    // -------------------------------------------------------------------------------------- in request coroutines
+
+    /// Runs a request in a coroutine of its own; it has begun when this returns. `f` makes the reply.
+    pub(super) fn spawn(
+        self: &Arc<Self>,
+        h: RequestHeader,
+        reservation: Reservation,
+        f: impl FnOnce(&Arc<Conn>) -> Batch + Send + 'static,
+    ) {
+        lock(&self.outbox).in_flight += 1;
+        let guard = RequestGuard { conn: Some(self.clone()) };
+        let queued_ns = if tracing::enabled!(tracing::Level::DEBUG) { self.ctx.now_ns() } else { 0 };
+        Coroutine::new(move || {
+            let conn = guard.conn.as_ref().expect("not completed yet");
+            let mut batch = f(conn);
+            batch.hold(reservation);
+            if queued_ns != 0 {
+                let service_us = conn.ctx.now_ns().saturating_sub(queued_ns) / 1000;
+                let cmd = cmd_name(h.cmd);
+                debug!(
+                    conn = conn.id,
+                    cookie = h.cookie,
+                    cmd,
+                    h.offset,
+                    h.len,
+                    service_us,
+                    "request completed"
+                );
+            }
+            guard.complete(batch);
+        })
+        .enter();
+    }
+
+    /// Reads into `buf`, asking for holes first if that may pay, and makes the reply. Yields.
+    pub(super) fn co_read(&self, h: &RequestHeader, df: bool, mut buf: IoBuf) -> Batch {
+        let mut batch = Batch::new();
+        let (offset, len, cookie) = (h.offset, h.len, h.cookie);
+        if self.structured && !df && len >= STATUS_FROM {
+            match self.co_read_sparse(&mut batch, cookie, offset, len, &mut buf) {
+                Ok(true) => return batch,
+                // One extent of data: read it as a whole.
+                Ok(false) => {}
+                Err(e) => {
+                    let mut batch = Batch::new();
+                    self.put_block_error(&mut batch, cookie, h.cmd, &e, false);
+                    return batch;
+                }
+            }
+        }
+        match self.backend().co_preadv(offset, &mut [IoSliceMut::new(&mut buf)]) {
+            Ok(()) => self.put_read(&mut batch, cookie, offset, df, buf),
+            Err(e) => self.put_block_error(&mut batch, cookie, h.cmd, &e, false),
+        }
+        batch
+    }
+
+    /// Reads extent by extent. `Ok(false)`: there is no hole; nothing was read.
+    fn co_read_sparse(
+        &self,
+        batch: &mut Batch,
+        cookie: u64,
+        offset: u64,
+        len: u32,
+        buf: &mut IoBuf,
+    ) -> block::Result<bool> {
+        let mut runs = Runs::default();
+        let mut pos: u32 = 0;
+        let mut asked = 0;
+        while pos < len {
+            let left = len - pos;
+            let at = offset + u64::from(pos);
+            asked += 1;
+            // Not knowing is no error: then it is data.
+            let extent = match self.backend().co_block_status(at, left.into()) {
+                Ok(extent) if asked <= STATUS_MAX => extent,
+                _ => block::Extent { len: left.into(), flags: StatusFlags::DATA },
+            };
+            let run = u32::try_from(extent.len).unwrap_or(u32::MAX).min(left);
+            let zero = extent.flags.contains(StatusFlags::ZERO);
+            if !zero && run == len {
+                return Ok(false);
+            }
+            if zero {
+                runs.hole(at, run);
+            } else {
+                // The request's buffer serves the last run; others have their own.
+                let mut part = if run == left {
+                    buf.truncate(run as usize);
+                    std::mem::replace(buf, IoBuf::new(0))
+                } else {
+                    IoBuf::new(run as usize)
+                };
+                self.backend().co_preadv(at, &mut [IoSliceMut::new(&mut part)])?;
+                batch.add_runs(&mut runs, at, part);
+            }
+            pos += run;
+        }
+        self.counters.bytes_read.add(len.into());
+        batch.put_runs(ReplyFlags::NBD_REPLY_FLAG_DONE, cookie, &runs);
+        Ok(true)
+    }
+
+    /// Appends the reply to a read that has its own buffer.
+    pub(super) fn put_read(&self, batch: &mut Batch, cookie: u64, offset: u64, df: bool, buf: IoBuf) {
+        self.counters.bytes_read.add(buf.len() as u64);
+        let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
+        if buf.is_empty() {
+            if self.structured {
+                batch.put(&encode_none(cookie));
+            } else {
+                self.put_done(batch, cookie);
+            }
+        } else if !self.structured {
+            self.put_done(batch, cookie);
+            let len = buf.len();
+            let id = batch.add_buf(buf);
+            batch.data(id, 0..len);
+        } else if df {
+            batch.put_dense(done, cookie, offset, buf);
+        } else {
+            batch.put_sparse(done, cookie, offset, buf);
+        }
+    }
+
+    /// Answers a block status request: a chunk per context. Yields.
+    pub(super) fn co_block_status(&self, h: &RequestHeader, req_one: bool) -> Batch {
+        let mut batch = Batch::new();
+        let mut out = Vec::new();
+        for (i, context) in self.contexts.iter().enumerate() {
+            let extents: Vec<StatusExtent> =
+                match meta::co_extents(&context.kind, &self.export, h.offset, h.len, req_one) {
+                    Ok(extents) => extents,
+                    Err(e) => {
+                        self.put_block_error(&mut batch, h.cookie, h.cmd, &e, false);
+                        return batch;
+                    }
+                };
+            let mut flags = ReplyFlags::empty();
+            flags.set(ReplyFlags::NBD_REPLY_FLAG_DONE, i + 1 == self.contexts.len());
+            put_block_status(&mut out, flags, h.cookie, context.id, &extents);
+        }
+        batch.put(&out);
+        batch
+    }
+
+    pub(super) fn co_trim(&self, offset: u64, len: u32, fua: bool) -> block::Result<()> {
+        self.backend().co_pdiscard(offset, len.into())?;
+        if fua { self.backend().co_flush() } else { Ok(()) }
+    }
+}
+
+/// A request in its coroutine. Dropped without [`RequestGuard::complete`] (a panic), it ends the connection: the client
+/// would wait for that reply for ever.
+struct RequestGuard {
+    conn: Option<Arc<Conn>>,
+}
+
+impl RequestGuard {
+    /// Queues the reply and sees to it that it is sent: now, if there is nothing to gather it with. May yield.
+    fn complete(mut self, mut batch: Batch) {
+        let conn = self.conn.take().expect("completed once");
+        /// Who sends the reply.
+        enum Who {
+            Me,
+            Sender,
+            Reader,
+            BottomHalf,
+        }
+        let who = {
+            let mut outbox = lock(&conn.outbox);
+            outbox.in_flight -= 1;
+            outbox.queue.append(&mut batch);
+            let alone = outbox.in_flight == 0 && !outbox.reader_busy;
+            match outbox.queue.bytes() >= FLUSH_AT || outbox.dead || alone {
+                _ if outbox.sending => Who::Sender,
+                true => Who::Me,
+                false if outbox.reader_busy => Who::Reader,
+                false => Who::BottomHalf,
+            }
+        };
+        match who {
+            Who::Me => conn.co_drain(),
+            Who::Sender | Who::Reader => {}
+            Who::BottomHalf => conn.flush_bh.get().expect("set when the connection was made").schedule(),
+        }
+    }
+}
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        if let Some(conn) = self.conn.take() {
+            lock(&conn.outbox).in_flight -= 1;
+            tracing::error!(
+                peer = conn.peer,
+                conn = conn.id,
+                export = conn.export.name(),
+                "a request ended without a reply; the connection is closed"
+            );
+            conn.fail();
+            conn.after_drain();
+        }
+    }
+}

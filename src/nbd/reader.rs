@@ -1,0 +1,512 @@
+//! The reader: the one coroutine of a connection that receives, decodes, and answers what needs no waiting.
+//!
+//! It never waits with replies in its own hands, and it does not read on while the client leaves its replies unread.
+//! `session.rs` has the picture.
+
+use super::budget::Reservation;
+use super::conn::{Conn, lock};
+use super::proto::*;
+use super::reply::{Batch, FLUSH_AT, INPLACE_HEADER};
+use super::request::{self, Command, RequestError, View};
+use super::wire::{OFFSET_HOLE_LEN, ProtocolError, RequestHeader, SimpleReply, encode_offset_data};
+use crate::block::{self, WriteFlags};
+use crate::co::{Coroutine, co_yield};
+use crate::util::buf::IoBuf;
+use std::io::{self, IoSlice};
+use std::sync::Arc;
+use tracing::{debug, warn};
+
+/// Bytes asked of one `recv` (ours): hundreds of small requests, or half a large payload.
+const RECV: usize = 64 << 10;
+/// After a payload this large the next `recv` asks for little, so that payloads land in their own buffers (ours).
+const LARGE_PAYLOAD: u32 = 32 << 10;
+/// What "little" is: some headers and the start of a payload (ours).
+const RECV_SMALL: usize = 1 << 10;
+/// Reads up to this many bytes are built inside the reply batch (ours).
+const INPLACE_READ: u32 = 32 << 10;
+/// Bytes of requests answered inline in one turn of the loop; then other connections have theirs (ours).
+const TURN_BYTES: u64 = 1 << 20;
+/// Requests answered inline in one turn of the loop (ours).
+const TURN_REQUESTS: u32 = 1024;
+/// Unsent replies beyond which the reader waits for the sender (ours).
+const QUEUE_MAX: usize = 256 << 10;
+
+/// Why the transmission phase ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    #[error("NBD_CMD_DISC")]
+    Disc,
+    #[error("client closed")]
+    Eof,
+    #[error("client closed in the middle of a request")]
+    Truncated,
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    #[error("write of {0} bytes is more than 64 MiB")]
+    TooLong(u32),
+    #[error("cut by the server, or the client took no replies")]
+    Cut,
+    #[error("connection failed: {0}")]
+    Io(io::Error),
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Totals {
+    pub(super) requests: u64,
+    pub(super) inline: u64,
+    pub(super) bytes_read: u64,
+    pub(super) bytes_written: u64,
+}
+
+/// Bytes received and not parsed yet.
+struct Received {
+    buf: Option<IoBuf>,
+    start: usize,
+    end: usize,
+    /// Bytes that the next `recv` asks for.
+    limit: usize,
+}
+
+impl Received {
+    fn bytes(&self) -> &[u8] {
+        match &self.buf {
+            Some(buf) => &buf[self.start..self.end],
+            None => &[],
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    fn consume(&mut self, n: usize) {
+        assert!(n <= self.len(), "consumed more than was received");
+        self.start += n;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Free room behind what is there; moves it to the front if need be.
+    fn room(&mut self) -> &mut [u8] {
+        let buf = self.buf.get_or_insert_with(|| IoBuf::new(RECV));
+        if buf.len() - self.end < self.limit.min(buf.len() / 2) {
+            buf.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let until = buf.len().min(self.end + self.limit);
+        &mut buf[self.end..until]
+    }
+}
+
+pub(super) struct Reader {
+    conn: Arc<Conn>,
+    rx: Received,
+    /// Replies made by the reader itself.
+    pub(super) batch: Batch,
+    pub(super) totals: Totals,
+    /// Of this turn.
+    turn_bytes: u64,
+    turn_requests: u32,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Nobody reads on: what is in flight must not wait for a reader that sends its replies.
+            self.conn.fail();
+        }
+    }
+}
+
+impl Reader {
+    pub(super) fn new(conn: Arc<Conn>, rest: &[u8]) -> Reader {
+        let mut rx = Received { buf: None, start: 0, end: 0, limit: RECV };
+        if !rest.is_empty() {
+            // A client may have pipelined requests behind its last option, as many as one option may have data.
+            let mut buf = IoBuf::new(rest.len().max(RECV));
+            buf[..rest.len()].copy_from_slice(rest);
+            rx.end = rest.len();
+            rx.buf = Some(buf);
+        }
+        Reader { conn, rx, batch: Batch::new(), totals: Totals::default(), turn_bytes: 0, turn_requests: 0 }
+    }
+
+    /// Serves requests until the session ends.
+    pub(super) fn co_run(&mut self) -> End {
+        {
+            let mut outbox = lock(&self.conn.outbox);
+            outbox.reader_busy = true;
+            // Entering transmission while the server begins to shut down: nobody kicks this reader.
+            outbox.draining = self.conn.shared.is_stopping();
+        }
+        let end = self.co_serve();
+        lock(&self.conn.outbox).reader_busy = false;
+        end
+    }
+
+    fn co_serve(&mut self) -> End {
+        loop {
+            let step = match request::next_header(self.rx.bytes()) {
+                Ok(Some(header)) => {
+                    self.rx.consume(RequestHeader::LEN);
+                    self.turn_requests += 1;
+                    self.co_pace();
+                    self.co_request(header)
+                }
+                Ok(None) => self.co_fill(),
+                Err(e) => Err(e.into()),
+            };
+            match step {
+                Ok(()) => {}
+                Err(End::Eof) if self.rx.len() > 0 => return End::Truncated,
+                Err(end) => return end,
+            }
+        }
+    }
+
+    /// Lets requests in flight end and their replies out, unless the connection is lost.
+    pub(super) fn co_finish(&mut self, end: &End) {
+        let conn = self.conn.clone();
+        self.rx.buf = None;
+        match end {
+            End::Disc | End::Eof => {}
+            End::Truncated | End::Protocol(_) | End::TooLong(_) => {
+                conn.shared.warn_limited(|suppressed| {
+                    warn!(
+                        peer = conn.peer,
+                        conn = conn.id,
+                        export = conn.export.name(),
+                        reason = %end,
+                        suppressed,
+                        "client broke the protocol"
+                    );
+                });
+            }
+            End::Cut | End::Io(_) => {
+                self.batch = Batch::new();
+                conn.fail();
+            }
+        }
+        // A client that is leaving and takes no replies must not keep its session.
+        let stall = conn.shared.config.stall_timeout.as_nanos() as u64;
+        conn.stream.set_write_deadline(Some(conn.ctx.now_ns().saturating_add(stall)));
+        self.push_batch();
+        loop {
+            conn.co_drain();
+            let mut outbox = lock(&conn.outbox);
+            if outbox.in_flight == 0 && !outbox.sending && outbox.queue.is_empty() {
+                break;
+            }
+            outbox.reader = Some(Coroutine::current().expect("the reader is a coroutine"));
+            drop(outbox);
+            co_yield();
+        }
+        let _ = conn.stream.shutdown(std::net::Shutdown::Both); // the peer may be gone already
+    }
+
+    fn push_batch(&mut self) {
+        if !self.batch.is_empty() {
+            lock(&self.conn.outbox).queue.append(&mut self.batch);
+        }
+    }
+
+    /// Sends what is ready. Waits while the client takes nothing, unless little is waiting. Yields.
+    fn co_flush(&mut self) {
+        self.push_batch();
+        self.conn.co_drain();
+        loop {
+            let mut outbox = lock(&self.conn.outbox);
+            if !outbox.sending || outbox.queue.bytes() <= QUEUE_MAX {
+                return;
+            }
+            outbox.reader = Some(Coroutine::current().expect("the reader is a coroutine"));
+            drop(outbox);
+            co_yield();
+        }
+    }
+
+    /// Receives more. Sends first if it has to wait. Yields.
+    fn co_fill(&mut self) -> Result<(), End> {
+        loop {
+            let room = self.rx.room();
+            match self.conn.stream.try_read(room) {
+                Ok(0) => return Err(End::Eof),
+                Ok(n) => {
+                    self.rx.end += n;
+                    return Ok(());
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.co_wait_input()?,
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(End::Eof),
+                Err(e) => return Err(End::Io(e)),
+            }
+        }
+    }
+
+    fn co_wait_input(&mut self) -> Result<(), End> {
+        self.co_flush();
+        if self.rx.len() == 0 {
+            // An idle connection holds no buffer.
+            self.rx = Received { buf: None, start: 0, end: 0, limit: self.rx.limit };
+        }
+        match self.co_parked(|conn| conn.stream.co_wait_readable()) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                if self.conn.shared.is_stopping() {
+                    lock(&self.conn.outbox).draining = true;
+                    self.conn.after_drain();
+                }
+                Ok(())
+            }
+            Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => Err(End::Cut),
+            Err(e) => Err(End::Io(e)),
+        }
+    }
+
+    /// Waits in `f`, having sent all replies: those that come meanwhile send themselves. Yields.
+    fn co_parked<T>(&mut self, f: impl FnOnce(&Conn) -> T) -> T {
+        self.turn_bytes = 0;
+        self.turn_requests = 0;
+        lock(&self.conn.outbox).reader_busy = false;
+        let done = f(&self.conn);
+        lock(&self.conn.outbox).reader_busy = true;
+        done
+    }
+
+    /// Takes part of the budget; sends first if that has to wait. Yields.
+    fn co_reserve(&mut self, bytes: u64) -> Reservation {
+        match self.conn.budget.try_reserve(bytes) {
+            Some(reservation) => reservation,
+            None => {
+                self.co_flush();
+                self.co_parked(|conn| conn.budget.co_reserve(bytes))
+            }
+        }
+    }
+
+    /// A request was answered by the reader itself. May yield, to send.
+    fn co_answered(&mut self, bytes: u64) {
+        self.totals.inline += 1;
+        self.conn.counters.inline.add(1);
+        if self.batch.bytes() >= FLUSH_AT {
+            self.co_flush();
+        }
+        self.turn_bytes += bytes;
+    }
+
+    /// Gives other connections their turn now and then: a client that never lets us wait must not keep the thread. May yield.
+    fn co_pace(&mut self) {
+        if self.turn_bytes >= TURN_BYTES || self.turn_requests >= TURN_REQUESTS {
+            self.co_flush();
+            self.co_parked(|conn| {
+                Coroutine::current().expect("the reader is a coroutine").schedule(&conn.ctx);
+                co_yield();
+            });
+        }
+    }
+
+    /// Serves one request, whose header has been taken off the input. Yields.
+    fn co_request(&mut self, h: RequestHeader) -> Result<(), End> {
+        let conn = self.conn.clone();
+        self.totals.requests += 1;
+        conn.counters.requests[usize::from(h.cmd).min(conn.counters.requests.len() - 1)].add(1);
+        let Some(payload) = request::payload_len(&h) else {
+            return Err(End::TooLong(h.len));
+        };
+        let view =
+            View { size: conn.export.size(), flags: conn.flags, has_contexts: !conn.contexts.is_empty() };
+        let verdict = request::validate(&h, &view);
+        let verdict = match verdict {
+            Ok(Command::Disc) => return Err(End::Disc),
+            _ if conn.shared.is_stopping() => {
+                Err(RequestError { errno: Errno::NBD_ESHUTDOWN, message: "server is shutting down" })
+            }
+            other => other,
+        };
+        match verdict {
+            Err(e) => {
+                self.co_discard(payload)?;
+                debug!(conn = conn.id, cookie = h.cookie, cmd = cmd_name(h.cmd), h.offset, h.len, errno = %e.errno, reason = %e, "request refused");
+                conn.put_error(&mut self.batch, h.cookie, e.errno, e.message);
+                self.co_answered(payload.into());
+            }
+            Ok(Command::Disc) => unreachable!("handled above"),
+            Ok(Command::Read { offset, len, df }) => self.co_read_request(h, offset, len, df),
+            Ok(Command::Write { offset, len, flags }) => self.co_write_request(h, offset, len, flags)?,
+            Ok(Command::Flush) => {
+                self.co_spawn(h, move |conn| conn.backend().co_flush());
+            }
+            Ok(Command::Trim { offset, len, fua }) => {
+                self.co_spawn(h, move |conn| conn.co_trim(offset, len, fua));
+            }
+            Ok(Command::Cache { offset, len }) => {
+                self.co_spawn(h, move |conn| conn.backend().co_cache(offset, len.into()));
+            }
+            Ok(Command::WriteZeroes { offset, len, flags }) => {
+                self.co_spawn(h, move |conn| conn.backend().co_pwrite_zeroes(offset, len.into(), flags));
+            }
+            Ok(Command::BlockStatus { req_one, .. }) => {
+                let reservation = self.co_reserve(0);
+                conn.spawn(h, reservation, move |conn| conn.co_block_status(&h, req_one));
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a request without content in a coroutine.
+    fn co_spawn(
+        &mut self,
+        h: RequestHeader,
+        f: impl FnOnce(&Arc<Conn>) -> block::Result<()> + Send + 'static,
+    ) {
+        let reservation = self.co_reserve(0);
+        self.conn.spawn(h, reservation, move |conn| {
+            let result = f(conn);
+            let mut batch = Batch::new();
+            conn.put_result(&mut batch, &h, &result);
+            batch
+        });
+    }
+
+    fn co_read_request(&mut self, h: RequestHeader, offset: u64, len: u32, df: bool) {
+        let conn = self.conn.clone();
+        self.totals.bytes_read += u64::from(len);
+        if len > 0 && len <= INPLACE_READ && self.try_read_in_place(h.cookie, offset, len, df) {
+            conn.counters.bytes_read.add(len.into());
+            self.co_answered(len.into());
+            return;
+        }
+        let reservation = self.co_reserve(len.into());
+        let mut buf = IoBuf::new(len as usize);
+        if len == 0 || (len > INPLACE_READ && conn.backend().try_pread(offset, &mut buf)) {
+            conn.put_read(&mut self.batch, h.cookie, offset, df, buf);
+            self.batch.hold(reservation);
+            self.co_answered(len.into());
+            return;
+        }
+        conn.spawn(h, reservation, move |conn| conn.co_read(&h, df, buf));
+    }
+
+    /// Builds the reply to a small read in the batch, if the data is at hand.
+    fn try_read_in_place(&mut self, cookie: u64, offset: u64, len: u32, df: bool) -> bool {
+        let n = len as usize;
+        let header = if self.conn.structured { INPLACE_HEADER } else { SimpleReply::LEN };
+        let room = self.batch.room((header + n).max(OFFSET_HOLE_LEN));
+        if !self.conn.export.backend().try_pread(offset, &mut room[header..header + n]) {
+            return false;
+        }
+        let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
+        if !self.conn.structured {
+            room[..header].copy_from_slice(&SimpleReply { error: None, cookie }.encode());
+            self.batch.commit(header + n);
+        } else if df {
+            room[..header].copy_from_slice(&encode_offset_data(done, cookie, offset, len));
+            self.batch.commit(header + n);
+        } else {
+            self.batch.commit_sparse(done, cookie, offset, n);
+        }
+        true
+    }
+
+    fn co_write_request(
+        &mut self,
+        h: RequestHeader,
+        offset: u64,
+        len: u32,
+        flags: WriteFlags,
+    ) -> Result<(), End> {
+        let conn = self.conn.clone();
+        let n = len as usize;
+        let at_once = flags.is_empty();
+        self.rx.limit = if len >= LARGE_PAYLOAD { RECV_SMALL } else { RECV };
+        if self.rx.len() >= n
+            && at_once
+            && n > 0
+            && let Some(result) = conn.backend().try_pwrite(offset, &self.rx.bytes()[..n])
+        {
+            self.rx.consume(n);
+            self.wrote(&h, &result);
+            self.co_answered(len.into());
+            return Ok(());
+        }
+        let buf;
+        let reservation;
+        if self.rx.len() >= n {
+            reservation = self.co_reserve(len.into());
+            buf = IoBuf::from(&self.rx.bytes()[..n]);
+            self.rx.consume(n);
+        } else {
+            // While the payload arrives the request counts as in flight: a shutdown waits for it.
+            lock(&conn.outbox).in_flight += 1;
+            reservation = self.co_reserve(len.into());
+            let received = self.co_payload(n);
+            lock(&conn.outbox).in_flight -= 1;
+            // Nothing of it is written if the client is gone in the middle.
+            buf = received?;
+            if at_once && let Some(result) = conn.backend().try_pwrite(offset, &buf) {
+                self.wrote(&h, &result);
+                self.batch.hold(reservation);
+                self.co_answered(len.into());
+                return Ok(());
+            }
+        }
+        self.totals.bytes_written += u64::from(len);
+        conn.spawn(h, reservation, move |conn| {
+            let result = conn.backend().co_pwritev(offset, &[IoSlice::new(&buf)], flags);
+            drop(buf);
+            conn.counters.bytes_written.add(len.into());
+            let mut batch = Batch::new();
+            conn.put_result(&mut batch, &h, &result);
+            batch
+        });
+        Ok(())
+    }
+
+    /// Answers a write that was done by the reader.
+    fn wrote(&mut self, h: &RequestHeader, result: &block::Result<()>) {
+        self.totals.bytes_written += u64::from(h.len);
+        self.conn.counters.bytes_written.add(h.len.into());
+        self.conn.put_result(&mut self.batch, h, result);
+    }
+
+    /// Receives a payload that is not all there, the rest of it straight into its buffer. Yields.
+    fn co_payload(&mut self, n: usize) -> Result<IoBuf, End> {
+        let mut buf = IoBuf::new(n);
+        let mut have = self.rx.len();
+        buf[..have].copy_from_slice(self.rx.bytes());
+        self.rx.consume(have);
+        while have < n {
+            match self.conn.stream.try_read(&mut buf[have..]) {
+                Ok(0) => return Err(End::Truncated),
+                Ok(k) => {
+                    have += k;
+                    self.turn_bytes += k as u64;
+                    self.co_pace();
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.co_wait_input()?,
+                Err(e) => return Err(End::Io(e)),
+            }
+        }
+        Ok(buf)
+    }
+
+    /// Reads a payload off the stream and forgets it. Yields.
+    fn co_discard(&mut self, payload: u32) -> Result<(), End> {
+        let mut left = payload as usize;
+        loop {
+            let n = left.min(self.rx.len());
+            self.rx.consume(n);
+            left -= n;
+            if left == 0 {
+                return Ok(());
+            }
+            self.rx.limit = RECV;
+            self.turn_bytes += n as u64;
+            self.co_pace();
+            self.co_fill().map_err(|end| match end {
+                End::Eof => End::Truncated,
+                other => other,
+            })?;
+        }
+    }
+}

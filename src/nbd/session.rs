@@ -1,0 +1,233 @@
+//! One connection, from accept to close.
+//!
+//! ```text
+//!                    ┌────────────── reader coroutine (one per connection) ──────────────┐
+//!   socket ─ recv ──►│ decode many ─ validate ─┬─ needs no waiting: answered here ──────┐ │
+//!                    └─────────────────────────│───────────────────────────────────────│─┘
+//!                                              └─ else: a coroutine per request ─┐     │ batch
+//!                                                                                ▼     ▼
+//!   socket ◄─ sendmsg ── whoever finds nobody sending ◄──────────────────────── queue of replies
+//! ```
+//!
+//! Threads: everything of a connection runs on one IOThread (its home); the handshake may begin on another one and
+//! moves over before transmission begins. The locks in here are taken by that thread only, never across a yield; they
+//! are there because coroutines must be `Send`.
+//!
+//! Here: the session's life and the negotiation. What its coroutines share is in `conn.rs`, the reader in `reader.rs`.
+//!
+//! Invariants:
+//! - Exactly one reply per cookie: a request is answered by the reader, or by its coroutine through
+//!   `RequestGuard::complete`; a coroutine that dies without it ends the connection.
+//! - One sender at a time (`Outbox::sending`), so replies are never torn.
+//! - A payload is reserved before it is read, and consumed whatever the verdict.
+//! - The reader never waits (for input, budget or a turn) with replies in its own hands: it sends them first.
+//!   And it does not read on while the client leaves its replies unread.
+//! - An idle session is plain data: what was negotiated, the export, and bytes received but not parsed.
+
+use super::conn::Conn;
+use super::export::Export;
+use super::handshake::{self, CloseReason, Handshake, Negotiated, Step};
+use super::reader::Reader;
+use super::server::Shared;
+use crate::aio::AioContext;
+use crate::co::{CoStream, Coroutine};
+use bytes::{Buf, BytesMut};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use tracing::{debug, info, warn};
+
+/// What the acceptor knows of a connection.
+pub(super) struct Accepted {
+    pub(super) id: u64,
+    pub(super) fd: OwnedFd,
+    pub(super) peer: String,
+    pub(super) thread: usize,
+}
+
+/// Begins a session: on the home thread of `shared.threads[accepted.thread]`, in plain code.
+pub(super) fn start(shared: Arc<Shared>, accepted: Accepted) {
+    Coroutine::new(move || co_session(&shared, accepted)).enter();
+}
+
+/// Takes the connection off the books, however the session ends.
+struct Live<'s> {
+    shared: &'s Shared,
+    id: u64,
+    thread: usize,
+}
+
+impl Drop for Live<'_> {
+    fn drop(&mut self) {
+        self.shared.session_ended(self.id, self.thread);
+    }
+}
+
+fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
+    let Accepted { id, fd, peer, thread } = accepted;
+    let mut live = Live { shared, id, thread };
+    let stream = match CoStream::new(fd) {
+        Ok(stream) => stream,
+        Err(error) => {
+            warn!(peer, %error, "cannot attach a connection to its event loop");
+            return;
+        }
+    };
+    if !shared.session_began(id, &peer, &stream) {
+        return;
+    }
+    debug!(peer, conn = id, "client connected");
+    let (negotiated, replies, rest) = match co_negotiate(shared, &stream) {
+        Ok(done) => done,
+        Err(reason) => {
+            match reason {
+                HandshakeEnd::Closed(CloseReason::Abort) | HandshakeEnd::Left => {
+                    debug!(peer, conn = id, "client left during negotiation");
+                }
+                HandshakeEnd::Closed(reason) => {
+                    shared.warn_limited(|suppressed| {
+                        warn!(peer, conn = id, %reason, suppressed, "negotiation failed");
+                    });
+                }
+                HandshakeEnd::Io(error) => {
+                    shared.warn_limited(|suppressed| {
+                        warn!(peer, conn = id, %error, suppressed, "connection lost during negotiation");
+                    });
+                }
+            }
+            let _ = stream.shutdown(std::net::Shutdown::Both); // the peer may be gone already
+            return;
+        }
+    };
+
+    let thread = shared.place(&negotiated.export, thread);
+    let _placed = Placed { shared, export: negotiated.export.clone(), thread };
+    live.thread = thread;
+    let slot = &shared.threads[thread];
+    if let Err(error) = stream.co_move_to(&slot.ctx) {
+        warn!(peer, conn = id, %error, "cannot move a connection to its event loop");
+        return;
+    }
+    stream.set_read_deadline(None);
+    stream.set_write_deadline(None);
+    let counters = slot.counters.clone();
+    counters.connections.add(1);
+    shared.session_transmits(id, &negotiated.export);
+
+    let conn = Conn::new(shared, &stream, &slot.ctx, counters.clone(), id, peer, *negotiated);
+    info!(
+        peer = conn.peer,
+        conn = id,
+        export = conn.export.name(),
+        ctx = slot.ctx.name(),
+        structured = conn.structured,
+        contexts = conn.contexts.len(),
+        "client entered transmission"
+    );
+    let mut reader = Reader::new(conn.clone(), &rest);
+    drop(rest);
+    reader.batch.put(&replies);
+    drop(replies);
+    let end = reader.co_run();
+    reader.co_finish(&end);
+    counters.disconnects.add(1);
+    let totals = reader.totals;
+    let seconds = slot.ctx.now_ns().saturating_sub(conn.began_ns) as f64 / 1e9;
+    info!(
+        peer = conn.peer,
+        conn = id,
+        export = conn.export.name(),
+        end = %end,
+        requests = totals.requests,
+        inline = totals.inline,
+        errors = conn.errors.load(Ordering::Relaxed),
+        bytes_read = totals.bytes_read,
+        bytes_written = totals.bytes_written,
+        seconds,
+        "client disconnected"
+    );
+}
+
+/// Counts a connection in for the placement of later ones.
+struct Placed<'s> {
+    shared: &'s Shared,
+    export: Arc<Export>,
+    thread: usize,
+}
+
+impl Drop for Placed<'_> {
+    fn drop(&mut self) {
+        self.shared.unplace(&self.export, self.thread);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- negotiation
+
+enum HandshakeEnd {
+    /// By the state machine's verdict.
+    Closed(CloseReason),
+    /// The client closed between two messages.
+    Left,
+    Io(io::Error),
+}
+
+/// Replies of one step are sent when this many bytes are ready, or when input is missing (ours).
+const NEGOTIATION_FLUSH: usize = 64 << 10;
+
+/// Speaks the handshake. Returns the last replies unsent, and what the client has sent beyond.
+fn co_negotiate(
+    shared: &Shared,
+    stream: &CoStream,
+) -> Result<(Box<Negotiated>, Vec<u8>, BytesMut), HandshakeEnd> {
+    let ctx = AioContext::current().expect("sessions run on IOThreads");
+    let deadline = ctx.now_ns().saturating_add(shared.config.handshake_timeout.as_nanos() as u64);
+    drop(ctx);
+    stream.set_read_deadline(Some(deadline));
+    stream.set_write_deadline(Some(deadline));
+    stream.co_write_all(&handshake::greeting()).map_err(HandshakeEnd::Io)?;
+    let mut hs = Handshake::new();
+    let mut input = BytesMut::new();
+    let mut out = Vec::new();
+    loop {
+        let mut consumed = 0;
+        let table = shared.exports.snapshot();
+        let step = hs.advance(&input, &mut consumed, &table, shared.is_stopping(), &mut out);
+        input.advance(consumed);
+        match step {
+            Step::Enter(negotiated) => return Ok((negotiated, out, input)),
+            Step::Again if out.len() < NEGOTIATION_FLUSH => {}
+            Step::Again => {
+                stream.co_write_all(&out).map_err(HandshakeEnd::Io)?;
+                out.clear();
+            }
+            Step::Close(reason) => {
+                // The reason is already known: whether the client still takes the reply changes nothing.
+                let _ = stream.co_write_all(&out);
+                return Err(HandshakeEnd::Closed(reason));
+            }
+            Step::NeedInput => {
+                stream.co_write_all(&out).map_err(HandshakeEnd::Io)?;
+                out.clear();
+                match co_receive(stream, &mut input) {
+                    Ok(0) if input.is_empty() => return Err(HandshakeEnd::Left),
+                    Ok(0) => return Err(HandshakeEnd::Io(io::ErrorKind::UnexpectedEof.into())),
+                    Ok(_) => {}
+                    // The server shuts down: later options are refused, the connection is closed by and by.
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(HandshakeEnd::Io(e)),
+                }
+            }
+        }
+    }
+}
+
+/// Appends what the client has sent. Grows by what arrives, not by what the client announces.
+fn co_receive(stream: &CoStream, input: &mut BytesMut) -> io::Result<usize> {
+    const STEP: usize = 2048;
+    let old = input.len();
+    input.resize(old + STEP, 0);
+    let got = stream.co_read(&mut input[old..]);
+    input.truncate(old + *got.as_ref().unwrap_or(&0));
+    got
+}

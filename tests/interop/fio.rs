@@ -1,0 +1,77 @@
+//! fio's nbd engine, with verification.
+
+use crate::harness::{Builder, Server, Setup, field, matrix};
+use crate::tools::{run_command, tool};
+use serde_json::Value;
+
+matrix!(verify_on_one_connection, verify_on_four_connections);
+
+/// Bytes of each job's share of the disk.
+const SHARE: u64 = 8 << 20;
+
+/// Writes and verifies with `jobs` connections at once, each on its own part of the disk.
+fn write_and_verify(server: &Server, jobs: u64) {
+    let args = [
+        "--name=verify".to_owned(),
+        "--ioengine=nbd".to_owned(),
+        format!("--uri={}", server.uri),
+        "--rw=randrw".to_owned(),
+        "--rwmixread=30".to_owned(),
+        "--bsrange=512-64k".to_owned(),
+        "--bs_unaligned=1".to_owned(),
+        format!("--size={SHARE}"),
+        format!("--offset_increment={SHARE}"),
+        format!("--numjobs={jobs}"),
+        "--iodepth=32".to_owned(),
+        "--verify=crc32c".to_owned(),
+        "--verify_fatal=1".to_owned(),
+        "--verify_backlog=64".to_owned(),
+        "--do_verify=1".to_owned(),
+        "--end_fsync=1".to_owned(),
+        "--thread=1".to_owned(),
+        "--randrepeat=1".to_owned(),
+        "--output-format=json".to_owned(),
+    ];
+    // fio leaves its verify state in the folder where it runs.
+    let out = run_command(tool("fio").args(&args).current_dir(server.dir.path())).ok();
+    // fio may print notes before the object.
+    let report: Value = serde_json::from_str(&out[out.find('{').unwrap()..]).unwrap();
+    let done = report["jobs"].as_array().unwrap();
+    assert_eq!(done.len() as u64, jobs);
+    for job in done {
+        assert_eq!(job["error"], 0, "{job}");
+        assert!(job["write"]["total_ios"].as_u64().unwrap() > 100, "{job}");
+        assert!(job["read"]["total_ios"].as_u64().unwrap() > 100, "{job}");
+    }
+}
+
+fn verify_on_one_connection(setup: Setup) {
+    let server = Server::plain(setup);
+    write_and_verify(&server, 1);
+    server.stop();
+}
+
+fn verify_on_four_connections(setup: Setup) {
+    let server = Server::plain(setup);
+    write_and_verify(&server, 4);
+    server.stop();
+}
+
+/// The connections of one export are served by several threads: by the daemon's own count, not by timing.
+#[test]
+fn four_connections_of_one_image_run_on_several_threads() {
+    for aio in ["io_uring", "threads"] {
+        let setup = Setup { iothreads: 4, aio, ..crate::harness::UNIX_3_THREADS };
+        let server = Builder::new(setup).image_len(64 << 20).start();
+        write_and_verify(&server, 4);
+        let stopped = server.stop();
+        let totals = stopped.messages("iothread totals");
+        assert_eq!(totals.len(), 4, "one line per thread: {totals:#?}");
+        let requests: Vec<u64> = totals.iter().map(|l| field(l, "requests").as_u64().unwrap()).collect();
+        let names: std::collections::BTreeSet<_> =
+            totals.iter().map(|l| field(l, "iothread").to_string()).collect();
+        assert_eq!(names.len(), 4, "{names:?}");
+        // Four connections, placed on the least loaded thread each: every thread has served one.
+        assert!(requests.iter().all(|&n| n > 100), "{requests:?}");
+    }
+}

@@ -1,0 +1,126 @@
+//! `conbd inspect`: what it tells about our server and about others', and its exit code as a health check.
+
+use crate::cli_harness::{Serving, conbd, image, text};
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Another server, ended with the test.
+struct Peer(Child);
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a server that listens on `socket`.
+fn peer(program: &str, args: &[&str], socket: &Path) -> Peer {
+    let child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"));
+    let peer = Peer(child);
+    let begin = Instant::now();
+    while std::os::unix::net::UnixStream::connect(socket).is_err() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{program} does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    peer
+}
+
+fn inspect(uri: &str) -> Value {
+    let ended = conbd(&["inspect", uri, "--json"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    serde_json::from_str(&ended.stdout).unwrap()
+}
+
+fn has_flag(export: &Value, flag: &str) -> bool {
+    export["flags"].as_array().unwrap().iter().any(|f| f == flag)
+}
+
+#[test]
+fn our_server_tells_everything() {
+    let (_dir, disk) = image(3 << 20);
+    let serving = Serving::start(
+        &[text(&disk), "--export", "disk", "--description", "a text", "--listen", "127.0.0.1:0"],
+        1,
+    );
+    let report = inspect(serving.uri());
+    assert_eq!(report["uri"], serving.uri());
+    assert_eq!(report["protocol"], "newstyle-fixed");
+    assert_eq!((&report["structured_replies"], &report["tls"]), (&Value::Bool(true), &Value::Bool(false)));
+    let export = &report["exports"][0];
+    assert_eq!((&export["name"], &export["canonical_name"]), (&"disk".into(), &"disk".into()));
+    assert_eq!(export["description"], "a text");
+    assert_eq!(export["size"], 3 << 20);
+    assert_eq!(export["read_only"], false);
+    assert_eq!(export["block_size"]["minimum"], 1);
+    assert_eq!(export["contexts"][0], "base:allocation");
+    for flag in
+        ["has_flags", "send_flush", "send_fua", "send_trim", "send_write_zeroes", "send_df", "can_multi_conn"]
+    {
+        assert!(has_flag(export, flag), "{flag}: {export}");
+    }
+
+    // The only export is also the default one.
+    let default = serving.uri().trim_end_matches("disk").to_owned();
+    assert_eq!(inspect(&default)["listed"], 1);
+    let ended = conbd(&["inspect", &default]);
+    for word in
+        ["fixed newstyle, structured replies", "export \"disk\":", "3145728 bytes (3 MiB)", "read and write"]
+    {
+        assert!(ended.stdout.contains(word), "{}\nshould say {word}", ended.stdout);
+    }
+
+    let ended = conbd(&["inspect", &format!("{default}nope")]);
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.error_line().contains("NBD_REP_ERR_UNKNOWN"), "{}", ended.stderr);
+    assert_eq!(ended.stdout, "");
+    serving.stop();
+    let ended = conbd(&["inspect", &default]);
+    assert_eq!(ended.code, Some(1), "a health check fails when nobody is there");
+    assert!(ended.error_line().contains("Connection refused"), "{}", ended.stderr);
+    assert_eq!(conbd(&["inspect", "nbds://x/"]).code, Some(2));
+}
+
+#[test]
+fn qemu_nbd_is_understood() {
+    let (dir, disk) = image(1 << 20);
+    let socket = dir.path().join("q.sock");
+    let args =
+        ["-f", "raw", "-t", "-e", "0", "-r", "-x", "vm", "-D", "of qemu", "-k", text(&socket), text(&disk)];
+    let _peer = peer("qemu-nbd", &args, &socket);
+    let report = inspect(&format!("nbd+unix:///?socket={}", socket.display()));
+    let export = &report["exports"][0];
+    assert_eq!((&export["name"], &export["description"]), (&"vm".into(), &"of qemu".into()));
+    assert_eq!((&export["size"], &export["read_only"]), (&(1 << 20).into(), &true.into()));
+    assert_eq!(export["contexts"][0], "base:allocation");
+    assert!(has_flag(export, "can_multi_conn"), "{export}");
+}
+
+#[test]
+fn nbdkit_is_understood_with_and_without_modern_options() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("k.sock");
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    {
+        let _peer = peer("nbdkit", &["-f", "-U", text(&socket), "memory", "2M"], &socket);
+        let report = inspect(&uri);
+        assert_eq!(report["exports"][0]["size"], 2 << 20);
+        assert_eq!(report["structured_replies"], true);
+    }
+    std::fs::remove_file(&socket).unwrap();
+    // Handshake flags 0: plain newstyle, which knows no option but the export's name.
+    let _peer = peer("nbdkit", &["-f", "--mask-handshake=0", "-U", text(&socket), "memory", "2M"], &socket);
+    let report = inspect(&uri);
+    assert_eq!((&report["protocol"], &report["structured_replies"]), (&"newstyle".into(), &false.into()));
+    assert_eq!(report["exports"][0]["size"], 2 << 20);
+    let ended = conbd(&["bench", &uri, "--count", "100", "--rw", "50", "--destroy-data", "--verify"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
