@@ -2,7 +2,7 @@
 //!
 //! Stateless but for the guard: requests are shifted and forwarded. Errors name the child and the child's offset.
 //!
-//! The guard (only when the format was probed, see [`super::probe`]) looks at writes that touch the first sector:
+//! The guard (only when the format was probed, see [`mod@super::probe`]) looks at writes that touch the first sector:
 //! what the sector would be after the write must still probe as raw. Such writes hold a CoMutex from the look to the
 //! end of the write, or two small writes could each bring half a signature.
 

@@ -53,7 +53,7 @@ const VERIFY_REGION: u64 = 4 << 30;
                   conbd bench nbd://localhost/ --bs 1M --pattern sequential --depth 4 --time 30s --json\n  \
                   conbd bench nbd://localhost/scratch --rw 70 --verify --region 1G --destroy-data")]
 pub(crate) struct BenchArgs {
-    /// The server: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    /// The server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`
     uri: String,
 
     /// Bytes per request

@@ -23,7 +23,7 @@ const DETAILS_MAX: usize = 1000;
     after_help = "Examples:\n  conbd inspect nbd://localhost/\n  conbd inspect 'nbd+unix:///disk?socket=/run/disk.sock' --json"
 )]
 pub(crate) struct InspectArgs {
-    /// The server: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    /// The server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`
     uri: String,
 
     /// Print a JSON object

@@ -1,7 +1,7 @@
 //! CoQueue: FIFO of waiting coroutines, next to a predicate that the caller's lock guards.
 //!
 //! The queue synchronises itself (a short std lock, never held across a yield), so it works from several contexts,
-//! with a [`CoMutex`](super::CoMutex), a std mutex or nothing around the predicate. No wakeup is lost between the unlock and the
+//! with a [`CoMutex`], a std mutex or nothing around the predicate. No wakeup is lost between the unlock and the
 //! yield: a waker on another thread can only schedule us on our home, which runs us after this yield.
 //!
 //! A waiter re-checks its predicate in a loop: others may run between the wake and the lock.
