@@ -42,6 +42,8 @@ bitflags! {
         const BLOCK_STATUS = 32;
         /// `co_cache`.
         const CACHE = 64;
+        /// `co_truncate`; its range begins at the new size.
+        const TRUNCATE = 128;
     }
 }
 
@@ -380,6 +382,14 @@ impl BlockNode for FaultNode {
         self.co_around(FaultOps::BLOCK_STATUS, "block_status", offset, len, || {
             self.child.co_block_status(offset, len)
         })
+    }
+
+    fn grows(&self) -> bool {
+        self.child.grows()
+    }
+
+    fn co_truncate(&self, len: u64) -> Result<()> {
+        self.co_around(FaultOps::TRUNCATE, "truncate", len, 1, || self.child.co_truncate(len))
     }
 
     fn co_cache(&self, offset: u64, len: u64) -> Result<()> {

@@ -10,7 +10,9 @@
 //! read-modify-write that [`RangeLock`] keeps apart from overlapping changes.
 //!
 //! Any thread. On the way of a read or an overwrite nothing is locked and no shared cache line is written (buffered).
-//! The size is that of the opening; a file that shrinks underneath reads as zeroes where it has ended.
+//! The size is that of the opening, unless the file is *growable* (what an image format lies on); a file that shrinks
+//! underneath reads as zeroes where it has ended. Writes that make a growable file longer register in `extend`, and
+//! setting its size excludes them: so setting a size never cuts off what was written meanwhile.
 //!
 //! # Durability
 //! A flush is one fdatasync, shared by those who may share it ([`FlushGroup`]). FUA is `RWF_DSYNC`. If the *sync*
@@ -32,7 +34,7 @@ use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 /// What happens between a write's reply and the disk, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -98,6 +100,8 @@ pub struct FileOptions {
     pub discard: DiscardMode,
     /// Image locks.
     pub lock: LockMode,
+    /// An image format is to lie on it: the file may be empty, and grows with what is written. Devices do not grow.
+    pub growable: bool,
 }
 
 impl FileOptions {
@@ -109,6 +113,7 @@ impl FileOptions {
             cache: CacheMode::default(),
             discard: DiscardMode::default(),
             lock: LockMode::default(),
+            growable: false,
         }
     }
 }
@@ -167,7 +172,9 @@ pub struct FileNode {
     /// of the block: writing them as a whole block would make the file longer.
     tail: Option<OwnedFd>,
     device: bool,
-    len: u64,
+    /// Changes only when a growable file does.
+    len: CachePadded<AtomicU64>,
+    growable: bool,
     read_only: bool,
     cache: CacheMode,
     discard: DiscardMode,
@@ -184,6 +191,8 @@ pub struct FileNode {
     // Padded: flushes and status queries write here, and every request reads what is above.
     flush: CachePadded<FlushGroup>,
     ranges: CachePadded<RangeLock>,
+    /// Plain: writes past the end of a growable file. Exclusive: setting its size. Outer to `ranges`.
+    extend: CachePadded<RangeLock>,
     status: CachePadded<StatusCache>,
     /// Errno that the next sync reports instead of being done; 0: none. For tests.
     sync_fault: AtomicI32,
@@ -259,14 +268,16 @@ impl FileNode {
         } else {
             u64::try_from(stat.st_size).unwrap_or(0)
         };
-        if len == 0 {
+        let growable = options.growable && !device;
+        if len == 0 && !growable {
             return Err(OpenError::Empty { path: path.clone(), device });
         }
 
         let sector = if device { u64::from(sys::blk_sector_size(&file).unwrap_or(512)) } else { 1 };
         let direct = options.cache.direct().then(|| direct_alignment(&file, device));
         let tail = match direct {
-            Some(d) if !options.read_only && len % d.block != 0 => Some(
+            // A growable file may end at a whole block.
+            Some(d) if !options.read_only && !growable && len % d.block != 0 => Some(
                 rustix::fs::open(
                     format!("/proc/self/fd/{}", file.as_raw_fd()),
                     OFlags::RDWR | OFlags::CLOEXEC,
@@ -286,7 +297,8 @@ impl FileNode {
             name: path.display().to_string(),
             tail,
             device,
-            len,
+            len: CachePadded::new(AtomicU64::new(len)),
+            growable,
             read_only: options.read_only,
             cache: options.cache,
             discard: options.discard,
@@ -312,6 +324,7 @@ impl FileNode {
             quick: QuickWrites::default(),
             flush: CachePadded::new(FlushGroup::new()),
             ranges: CachePadded::new(RangeLock::new()),
+            extend: CachePadded::new(RangeLock::new()),
             status: CachePadded::new(StatusCache::new()),
             sync_fault: AtomicI32::new(0),
             file,
@@ -323,7 +336,7 @@ impl FileNode {
     /// # Errors
     /// What `pread` reports.
     pub fn read_head(&self, max: usize) -> io::Result<Vec<u8>> {
-        let max = max.min(self.len as usize);
+        let max = max.min(usize::try_from(self.len()).unwrap_or(usize::MAX));
         // Whole blocks into aligned memory, for O_DIRECT.
         let mut buf = IoBuf::zeroed(max.next_multiple_of(4096));
         let mut n = 0;
@@ -366,7 +379,42 @@ impl FileNode {
     }
 
     fn assert_bounds(&self, offset: u64, len: u64) {
-        assert!(offset.checked_add(len).is_some_and(|e| e <= self.len), "the range was validated above");
+        let max = if self.growable { i64::MAX as u64 } else { self.len() };
+        assert!(offset.checked_add(len).is_some_and(|e| e <= max), "the range was validated above");
+    }
+
+    /// Does a change that ends at `end`, as one that makes the file longer if it does.
+    fn co_extending<T>(
+        &self,
+        range: std::ops::Range<u64>,
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        if !self.growable || range.end <= self.len() {
+            return change();
+        }
+        let end = range.end;
+        let _extending = self.extend.co_plain(range);
+        let r = change()?;
+        self.len.fetch_max(end, Ordering::SeqCst);
+        Ok(r)
+    }
+
+    /// Sets the size of a growable file; only ever to a larger one if `grow`. Returns what it was, by the file system.
+    fn co_set_len(&self, len: u64, grow: bool) -> io::Result<u64> {
+        let _alone = self.extend.co_exclusive(0..u64::MAX);
+        let _invalidate = Invalidate(&self.status);
+        let (now, len) = co::co_run_blocking(|| {
+            let stat = rustix::fs::fstat(&self.file)?;
+            // What a failed write has left past the end counts too: it must not be taken for zeroes.
+            let now = u64::try_from(stat.st_size).unwrap_or(0);
+            let to = if grow { len.max(now) } else { len };
+            if to != now {
+                rustix::fs::ftruncate(&self.file, to)?;
+            }
+            Ok::<(u64, u64), io::Error>((now, to))
+        })?;
+        self.len.store(len, Ordering::SeqCst);
+        Ok(now)
     }
 
     /// Whether a write must be durable on return.
@@ -523,7 +571,7 @@ impl FileNode {
         let len = iov::total(bufs);
         let end = offset + len as u64;
         // The file's odd end goes through the page cache; see `tail`.
-        let cut = self.len - self.len % d.block;
+        let cut = self.len() - self.len() % d.block;
         let body_end = if self.tail.is_some() { end.min(cut) } else { end };
         if offset < body_end {
             let body = (body_end - offset) as usize;
@@ -547,7 +595,7 @@ impl FileNode {
         if body_end < end {
             let tail = self.tail.as_ref().expect("the body is shorter only when there is a tail");
             let from = offset.max(cut);
-            let _range = self.ranges.co_plain(cut..self.len);
+            let _range = self.ranges.co_plain(cut..self.len());
             let bufs = iov::window(bufs, (from - offset) as usize, usize::MAX);
             self.co_write_fd(tail.as_raw_fd(), from, &bufs, durable)?;
         }
@@ -643,6 +691,16 @@ impl FileNode {
         self.co_write_zeroes(offset, len)
     }
 
+    /// Makes the file longer for zeroes in `offset..end`, which was past its end a moment ago.
+    fn co_zero_past_end(&self, offset: u64, end: u64) -> io::Result<()> {
+        let before = self.co_set_len(end, true)?;
+        if before > offset {
+            // Somebody else made it longer meanwhile, or a failed write has left something there.
+            return self.co_zero_file(offset, before.min(end) - offset, false, true);
+        }
+        Ok(())
+    }
+
     fn co_zero_device(&self, offset: u64, len: u64, unmap: bool, fallback: bool) -> io::Result<()> {
         let end = offset + len;
         let (low, high) = (offset.next_multiple_of(self.zero_block), end - end % self.zero_block);
@@ -705,7 +763,7 @@ impl FileNode {
         let end = offset + len;
         let low = offset.next_multiple_of(self.discard_block);
         // The last block may reach past the end: there is nothing of anybody's there.
-        let high = if end == self.len {
+        let high = if end == self.len() {
             end.next_multiple_of(self.discard_block)
         } else {
             end - end % self.discard_block
@@ -776,7 +834,20 @@ impl BlockNode for FileNode {
     }
 
     fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::SeqCst)
+    }
+
+    fn grows(&self) -> bool {
+        self.growable
+    }
+
+    fn co_truncate(&self, len: u64) -> Result<()> {
+        if !self.growable {
+            return Err(Error::from_errno("truncate", &self.name, len, libc::ENOTSUP));
+        }
+        self.co_set_len(len, len >= self.len())
+            .map(drop)
+            .map_err(|e| Error::new("truncate", &self.name, len, e))
     }
 
     fn read_only(&self) -> bool {
@@ -807,6 +878,9 @@ impl BlockNode for FileNode {
         if !cached || self.read_only || self.inline == Inline::Never || buf.len() > INLINE_WRITE_MAX {
             return None;
         }
+        if self.growable && offset + buf.len() as u64 > self.len() {
+            return None;
+        }
         let begun = self.quick.begin()?;
         if self.inline == Inline::Nowait && !self.edges_cached(offset, buf.len() as u64) {
             return None;
@@ -834,9 +908,10 @@ impl BlockNode for FileNode {
     }
 
     fn co_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>], flags: WriteFlags) -> Result<()> {
-        self.assert_bounds(offset, iov::total(bufs) as u64);
+        let len = iov::total(bufs) as u64;
+        self.assert_bounds(offset, len);
         let _invalidate = Invalidate(&self.status);
-        self.co_write(offset, bufs, self.durable(flags))
+        self.co_extending(offset..offset + len, || self.co_write(offset, bufs, self.durable(flags)))
             .map_err(|e| Error::new("pwritev", &self.name, offset, e))
     }
 
@@ -848,7 +923,12 @@ impl BlockNode for FileNode {
         let zeroed = if self.device {
             self.co_zero_device(offset, len, unmap, fallback)
         } else {
-            self.co_zero_file(offset, len, unmap, fallback)
+            let end = offset + len;
+            let now = self.len();
+            let inside = len.min(now.saturating_sub(offset));
+            let zeroed = if inside > 0 { self.co_zero_file(offset, inside, unmap, fallback) } else { Ok(()) };
+            // Past the end everything is zero: only the size is missing.
+            zeroed.and_then(|()| if end > now { self.co_zero_past_end(now.max(offset), end) } else { Ok(()) })
         };
         drop(invalidate);
         let synced = || if self.durable(flags) { self.co_sync() } else { Ok(()) };
@@ -875,7 +955,11 @@ impl BlockNode for FileNode {
         if self.device || !is(&self.can.seek) {
             return Ok(data);
         }
-        let range = offset..offset + len;
+        if offset >= self.len() {
+            return Ok(Extent { len, flags: StatusFlags::ZERO });
+        }
+        let range = offset..(offset + len).min(self.len());
+        let len = range.end - range.start;
         if self.keep_status()
             && let Some(e) = self.status.lookup(range.clone())
         {
@@ -883,7 +967,7 @@ impl BlockNode for FileNode {
         }
         let generation = self.status.generation();
         let max = if self.keep_status() { SCAN_EXTENTS } else { 1 };
-        let (fd, size) = (self.file.as_fd(), self.len);
+        let (fd, size) = (self.file.as_fd(), self.len());
         match co::co_run_blocking(|| scan(fd, range.start, range.end, size, max)) {
             Ok(scan) => {
                 let (end, flags) = scan.extents[0];

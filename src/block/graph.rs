@@ -272,6 +272,7 @@ pub fn open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
         cache: options.cache,
         discard: options.discard,
         lock: options.lock,
+        growable: false,
     })?;
     if options.format == Format::Auto {
         let head =

@@ -10,6 +10,7 @@
 use super::{BlockNode, Error, Extent, Limits, Result, StatusFlags, WriteFlags, iov};
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Bytes of a page (ours).
@@ -22,6 +23,9 @@ const TOP: u64 = CHUNK * CHUNKS_PER_TOP;
 /// Largest size in bytes (ours: 1 PiB keeps the top table at half a megabyte).
 pub(crate) const MAX_LEN: u64 = 1 << 50;
 
+/// Largest size in bytes of a disk that grows (ours: its top table is made at once).
+const MAX_GROWN: u64 = 64 << 40;
+
 /// `None` is a hole.
 type Page = RwLock<Option<Box<[u8]>>>;
 type Chunk = Box<[Page]>;
@@ -30,7 +34,8 @@ type Top = Box<[OnceLock<Chunk>]>;
 /// A sparse disk in memory. Any thread.
 pub struct MemoryNode {
     name: String,
-    len: u64,
+    len: AtomicU64,
+    growable: bool,
     read_only: bool,
     tops: Box<[OnceLock<Top>]>,
 }
@@ -73,7 +78,20 @@ impl MemoryNode {
             return Err(Error::from_errno("create", name, 0, libc::EFBIG));
         }
         let tops = (0..len.div_ceil(TOP)).map(|_| OnceLock::new()).collect();
-        Ok(MemoryNode { name: name.to_owned(), len, read_only: false, tops })
+        Ok(MemoryNode {
+            name: name.to_owned(),
+            len: AtomicU64::new(len),
+            growable: false,
+            read_only: false,
+            tops,
+        })
+    }
+
+    /// Makes an empty disk that grows with what is written to it, up to 64 TiB: what lies below an image format.
+    #[must_use]
+    pub fn growable(name: &str) -> MemoryNode {
+        let tops = (0..MAX_GROWN / TOP).map(|_| OnceLock::new()).collect();
+        MemoryNode { name: name.to_owned(), len: AtomicU64::new(0), growable: true, read_only: false, tops }
     }
 
     /// Refuses writes.
@@ -83,7 +101,24 @@ impl MemoryNode {
     }
 
     fn assert_bounds(&self, offset: u64, len: u64) {
-        assert!(offset.checked_add(len).is_some_and(|e| e <= self.len), "the range was validated above");
+        let max = if self.growable { MAX_GROWN } else { self.len() };
+        assert!(offset.checked_add(len).is_some_and(|e| e <= max), "the range was validated above");
+    }
+
+    /// Checks a change of bytes, and tells that it reaches past what can be held.
+    fn check_change(&self, op: &'static str, offset: u64, len: u64) -> Result<()> {
+        if self.growable && offset.checked_add(len).is_none_or(|e| e > MAX_GROWN) {
+            return Err(Error::from_errno(op, &self.name, offset, libc::EFBIG));
+        }
+        self.assert_bounds(offset, len);
+        Ok(())
+    }
+
+    /// A change up to `end` has been made.
+    fn extend(&self, end: u64) {
+        if self.growable && end > self.len() {
+            self.len.fetch_max(end, Ordering::SeqCst);
+        }
     }
 
     /// The page if its tables exist.
@@ -162,7 +197,26 @@ impl BlockNode for MemoryNode {
     }
 
     fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::SeqCst)
+    }
+
+    fn grows(&self) -> bool {
+        self.growable
+    }
+
+    fn co_truncate(&self, len: u64) -> Result<()> {
+        if !self.growable {
+            return Err(Error::from_errno("truncate", &self.name, len, libc::ENOTSUP));
+        }
+        self.check_change("truncate", len, 0)?;
+        let old = self.len();
+        if len >= old {
+            self.extend(len);
+        } else {
+            self.zero_at(len, old - len, true);
+            self.len.store(len, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     fn read_only(&self) -> bool {
@@ -180,8 +234,11 @@ impl BlockNode for MemoryNode {
     }
 
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
-        self.assert_bounds(offset, buf.len() as u64);
+        if let Err(e) = self.check_change("pwrite", offset, buf.len() as u64) {
+            return Some(Err(e));
+        }
         self.write_at(offset, buf);
+        self.extend(offset + buf.len() as u64);
         Some(Ok(()))
     }
 
@@ -196,18 +253,20 @@ impl BlockNode for MemoryNode {
     }
 
     fn co_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>], _flags: WriteFlags) -> Result<()> {
-        self.assert_bounds(offset, iov::total(bufs) as u64);
+        self.check_change("pwritev", offset, iov::total(bufs) as u64)?;
         let mut at = offset;
         for b in bufs {
             self.write_at(at, b);
             at += b.len() as u64;
         }
+        self.extend(at);
         Ok(())
     }
 
     fn co_pwrite_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> Result<()> {
-        self.assert_bounds(offset, len);
+        self.check_change("write_zeroes", offset, len)?;
         self.zero_at(offset, len, flags.contains(WriteFlags::MAY_UNMAP));
+        self.extend(offset + len);
         Ok(())
     }
 
@@ -215,7 +274,7 @@ impl BlockNode for MemoryNode {
         self.assert_bounds(offset, len);
         let from = offset.next_multiple_of(PAGE);
         let end = offset + len;
-        let to = if end == self.len { end } else { end - end % PAGE };
+        let to = if end == self.len() { end } else { end - end % PAGE };
         if from < to {
             // The last page of an odd size is whole as far as the disk is concerned.
             self.zero_at(from, to.next_multiple_of(PAGE) - from, true);

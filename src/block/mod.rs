@@ -193,6 +193,21 @@ pub trait BlockNode: Send + Sync {
     /// The errno of the failing operation; "not supported" is success.
     fn co_pdiscard(&self, offset: u64, len: u64) -> Result<()>;
 
+    /// Whether the node is as long as what was written to it: writes and zeroing past [`BlockNode::len`] extend it,
+    /// reads past it give zeroes. For what lies below an image format; nothing above a format grows by itself.
+    fn grows(&self) -> bool {
+        false
+    }
+
+    /// Sets the size: new bytes read as zeroes, bytes past a smaller size are dropped. A growing call is safe
+    /// against writes that extend the node meanwhile (the larger size stays); a shrinking one is not.
+    ///
+    /// # Errors
+    /// `ENOTSUP` unless the node [`grows`](BlockNode::grows); else the errno of the failing operation.
+    fn co_truncate(&self, len: u64) -> Result<()> {
+        Err(Error::from_errno("truncate", self.name(), len, libc::ENOTSUP))
+    }
+
     /// Makes all completed writes of all callers durable.
     ///
     /// # Errors

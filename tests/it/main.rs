@@ -8,6 +8,7 @@ mod block_direct;
 mod block_drain;
 mod block_file;
 mod block_flush;
+mod block_growable;
 mod block_lock;
 mod block_model;
 mod cli_bench;
