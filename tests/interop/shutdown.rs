@@ -57,17 +57,21 @@ fn idle_and_negotiating_clients_hold_up_no_stop() {
     }
 }
 
+/// A client whose reply has begun and cannot be finished: one read of 64 MiB, more than the socket buffers of both sides
+/// hold (tcp_wmem and tcp_rmem end at 4 MiB and 32 MiB), of which it takes the header only.
+fn stalled_client(server: &Server) -> Conn {
+    let mut conn = Conn::ready(&server.uri);
+    conn.send(&request(READ, 1, 0, 64 << 20));
+    assert_eq!(conn.receive_simple(), (0, 1));
+    conn
+}
+
 /// A client that asks and does not listen keeps a stop waiting for its deadline: a second signal does not.
 #[test]
 fn a_second_signal_ends_at_once() {
     let config = "[server]\nshutdown_timeout = \"1h\"\n[[export]]\nimage = \"disk.raw\"\n";
     let server = Builder::new(UNIX_3_THREADS).image_len(64 << 20).config(config).start();
-    let mut greedy = Conn::ready(&server.uri);
-    for i in 0..64 {
-        greedy.send(&request(READ, i, 0, 1 << 20));
-    }
-    // Its first reply has begun, so the requests are being worked on.
-    assert_eq!(greedy.receive_simple().0, 0);
+    let _greedy = stalled_client(&server);
     let (base, _) = server.uri.split_once("?").unwrap();
     assert!(base.starts_with("nbd+unix://"));
     let socket = server.path("nbd.sock");
@@ -82,11 +86,7 @@ fn a_second_signal_ends_at_once() {
 fn a_deadline_cuts_who_does_not_listen() {
     let config = "[server]\nshutdown_timeout = \"200ms\"\n[[export]]\nimage = \"disk.raw\"\n";
     let server = Builder::new(TCP_3_IO_URING).image_len(64 << 20).config(config).start();
-    let mut greedy = Conn::ready(&server.uri);
-    for i in 0..64 {
-        greedy.send(&request(READ, i, 0, 1 << 20));
-    }
-    assert_eq!(greedy.receive_simple().0, 0);
+    let _greedy = stalled_client(&server);
     server.signal(Signal::TERM);
     let (status, stopped) = server.wait();
     // Somebody was cut: that is said, in the log and by the code that a second signal also gives.
