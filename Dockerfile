@@ -5,9 +5,12 @@ ARG BASE_IMAGE=docker.io/library/debian:bookworm-slim
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src
 COPY . .
-RUN cargo build --release --locked
+RUN scripts/build-deps.sh && cargo build --release --locked
+# The TLS libraries go along: the slim image has none.
+RUN mkdir /out && cd / && ldd /src/target/release/conbd | awk '$1 ~ /^lib(ssl|crypto)/ {sub("^/lib/", "/usr/lib/", $3); print $3}' | xargs cp -L --parents -t /out
 
 FROM ${BASE_IMAGE}
+COPY --from=build /out/ /
 COPY --from=build /src/target/release/conbd /usr/local/bin/conbd
 # The image file must be readable and writable for this user (chown 65532, or run with --user).
 USER 65532:65532

@@ -8,12 +8,12 @@ CONTAINER ?= $(firstword $(foreach e,docker podman buildah,$(if $(shell command 
 IMAGE ?= conbd:latest
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test test-deps test-kernel quick fmt lint doc man bench bench-micro docker clean
+.PHONY: help build run test build-deps test-deps test-kernel quick fmt lint doc man bench bench-micro docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## Build the release binary: target/release/conbd
+build: build-deps ## Build the release binary: target/release/conbd
 	$(CARGO) build --release --locked
 
 run: build ## Serve a demo disk on loopback, and print its URI and what to try
@@ -22,22 +22,25 @@ run: build ## Serve a demo disk on loopback, and print its URI and what to try
 test: ## Everything CI runs: tools, formatting, lints, docs, all tests, man pages
 	@scripts/test.sh
 
-test-deps: ## Install the clients that the tests drive (apt, as root), if missing
+build-deps: ## Install what the build needs beside Rust (apt, as root), if missing
+	@scripts/build-deps.sh
+
+test-deps: build-deps ## Install the clients that the tests drive (apt, as root), if missing
 	@scripts/test-deps.sh
 
-quick: ## The tests that need no other program
+quick: build-deps ## The tests that need no other program
 	$(CARGO) test --locked --lib --bins --test it
 
 fmt: ## Format the code
 	$(CARGO) fmt --all
 
-lint: ## clippy, warnings are errors
+lint: build-deps ## clippy, warnings are errors
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
-doc: ## API documentation, warnings are errors
+doc: build-deps ## API documentation, warnings are errors
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
-man: ## Regenerate man/ from the command line's definitions and config/conbd.toml
+man: build-deps ## Regenerate man/ from the command line's definitions and config/conbd.toml
 	$(CARGO) run --locked --quiet -- gen-man man
 
 test-kernel: build ## A real Linux kernel and QEMU as clients, in an emulated machine (downloads a kernel)
@@ -46,7 +49,7 @@ test-kernel: build ## A real Linux kernel and QEMU as clients, in an emulated ma
 bench: build ## Compare with qemu-nbd and nbdkit (those installed), side by side
 	@scripts/bench.py
 
-bench-micro: ## The criterion benches (coroutine switch, locks, loop, wire, serving in-process)
+bench-micro: build-deps ## The criterion benches (coroutine switch, locks, loop, wire, serving in-process)
 	$(CARGO) bench --locked
 
 docker: ## Build the container image $(IMAGE) with docker, podman or buildah

@@ -18,6 +18,9 @@ programs=(
     nbd-server:nbd-server
     fio:fio
     strace:strace
+    openssl:openssl
+    psktool:gnutls-bin
+    certtool:gnutls-bin
 )
 
 # nbd-client lives in sbin, which is not on every user's path.

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 CARGO=${CARGO:-cargo}
 steps=(
+    "what the build needs:scripts/build-deps.sh"
     "tools:scripts/test-deps.sh"
     "format:$CARGO fmt --all -- --check"
     "lockfile and MSRV:scripts/check-msrv.sh"

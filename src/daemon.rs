@@ -467,6 +467,7 @@ fn start_server(
         total_bytes: limits.bytes_total.0,
         total_requests: u32::try_from(limits.requests_total).unwrap_or(u32::MAX),
         stall_timeout: limits.stall_timeout,
+        tls: None,
     };
     let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
     Server::start(server_config, table, contexts, main).map_err(|e| DaemonError::Listen(explain(&e)))

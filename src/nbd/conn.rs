@@ -8,6 +8,7 @@
 //! that is alone, or a full batch, leaves at once.
 
 use super::budget::{ConnBudget, Reservation};
+use super::channel::Channel;
 use super::export::Export;
 use super::handshake::Negotiated;
 use super::meta::{self, MetaContext};
@@ -19,7 +20,7 @@ use super::wire::{
 };
 use crate::aio::{AioContext, BottomHalf};
 use crate::block::{self, BlockBackend, StatusFlags};
-use crate::co::{CoStream, Coroutine};
+use crate::co::Coroutine;
 use crate::util::buf::IoBuf;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +36,14 @@ const SEND_STEP: usize = 1 << 20;
 
 pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How far a step of sending came.
+enum Sent {
+    /// So many bytes more.
+    Some(usize),
+    /// The whole batch has left.
+    All,
 }
 
 /// Replies on their way out, and who has to do with them.
@@ -60,7 +69,7 @@ pub(super) struct Outbox {
 /// What the coroutines of one connection share.
 pub(super) struct Conn {
     pub(super) shared: Arc<Shared>,
-    pub(super) stream: Arc<CoStream>,
+    pub(super) stream: Channel,
     pub(super) ctx: Arc<AioContext>,
     pub(super) counters: Arc<ThreadCounters>,
     pub(super) id: u64,
@@ -83,7 +92,7 @@ pub(super) struct Conn {
 impl Conn {
     pub(super) fn new(
         shared: &Arc<Shared>,
-        stream: &Arc<CoStream>,
+        stream: &Channel,
         ctx: &Arc<AioContext>,
         counters: Arc<ThreadCounters>,
         id: u64,
@@ -136,9 +145,10 @@ impl Conn {
 
     /// Sends a batch from byte `sent` on. False: the connection is dead. Yields.
     fn co_send(&self, batch: &Batch, mut sent: usize) -> bool {
-        while sent < batch.bytes() {
+        loop {
             match self.try_send(batch, sent) {
-                Ok(n) => sent += n,
+                Ok(Sent::All) => return true,
+                Ok(Sent::Some(n)) => sent += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.stalled_since.store(self.ctx.now_ns().max(1), Ordering::Relaxed);
                     let ready = self.stream.co_wait_writable();
@@ -154,13 +164,16 @@ impl Conn {
                 }
             }
         }
-        true
     }
 
-    fn try_send(&self, batch: &Batch, sent: usize) -> io::Result<usize> {
+    /// Sends a step of a batch from byte `sent` on, or what is left of it in the stream's own buffer.
+    fn try_send(&self, batch: &Batch, sent: usize) -> io::Result<Sent> {
+        if sent == batch.bytes() {
+            return self.stream.try_flush().map(|()| Sent::All);
+        }
         let mut slices = [IoSlice::new(&[]); 64];
         let (n, _) = batch.slices(sent, SEND_STEP, &mut slices);
-        self.stream.try_writev(&slices[..n])
+        self.stream.try_writev(&slices[..n]).map(Sent::Some)
     }
 
     /// Takes the queue to send it, if nobody else does and there is something.
@@ -201,11 +214,9 @@ impl Conn {
         while let Some(batch) = self.take_queue() {
             let mut sent = 0;
             let ok = loop {
-                if sent == batch.bytes() {
-                    break true;
-                }
                 match self.try_send(&batch, sent) {
-                    Ok(n) => sent += n,
+                    Ok(Sent::All) => break true,
+                    Ok(Sent::Some(n)) => sent += n,
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                         let conn = self.clone();
                         let rest = move || {

@@ -6,6 +6,7 @@
 //!
 //! Any thread; nothing here yields.
 
+use super::access::AllowList;
 use super::proto::{MAX_PAYLOAD, NBD_MAX_STRING, TransmissionFlags};
 use super::wire::BlockSizes;
 use crate::block::{BlockBackend, BlockNode};
@@ -57,6 +58,10 @@ pub struct ExportOptions {
     pub preferred_block: Option<u32>,
     /// Longest payload in bytes to advertise; `None`: [`MAX_PAYLOAD`], which is also what is accepted whatever is said here.
     pub max_block: Option<u32>,
+    /// On a server where TLS is a choice: only clients that chose it get this export.
+    pub tls_required: bool,
+    /// Who may use it; `None`: every client.
+    pub allow: Option<AllowList>,
 }
 
 /// One export: a name for a backend, and what is promised about it.
@@ -66,6 +71,8 @@ pub struct Export {
     backend: Arc<BlockBackend>,
     flags: TransmissionFlags,
     sizes: BlockSizes,
+    tls_required: bool,
+    allow: Option<AllowList>,
 }
 
 impl Export {
@@ -113,7 +120,15 @@ impl Export {
         }
         flags.set(TransmissionFlags::NBD_FLAG_CAN_MULTI_CONN, !options.no_multi_conn);
         flags.set(TransmissionFlags::NBD_FLAG_ROTATIONAL, limits.rotational);
-        Ok(Arc::new(Export { name: options.name, description: options.description, backend, flags, sizes }))
+        Ok(Arc::new(Export {
+            name: options.name,
+            description: options.description,
+            backend,
+            flags,
+            sizes,
+            tls_required: options.tls_required,
+            allow: options.allow,
+        }))
     }
 
     /// The canonical name, as listed.
@@ -158,6 +173,18 @@ impl Export {
         let mut flags = self.flags;
         flags.set(TransmissionFlags::NBD_FLAG_SEND_DF, structured);
         flags
+    }
+
+    /// Whether it takes TLS to get this export where TLS is a choice.
+    #[must_use]
+    pub fn tls_required(&self) -> bool {
+        self.tls_required
+    }
+
+    /// Who may use it; `None`: every client.
+    #[must_use]
+    pub fn allow(&self) -> Option<&AllowList> {
+        self.allow.as_ref()
     }
 
     /// Block size constraints to advertise.

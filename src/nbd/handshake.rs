@@ -9,6 +9,7 @@
 //! appends replies. It keeps no copy of the input, allocates nothing by a number that the client sent, and never panics
 //! on garbage. What one option means is in `option.rs`.
 
+use super::access::{ClientIdentity, TlsMode, TlsPeer};
 use super::export::{Export, ExportTable};
 use super::meta::{MetaContext, MetaSelection};
 use super::option;
@@ -64,6 +65,18 @@ pub enum CloseReason {
     /// More than [`MAX_OPTIONS`].
     #[error("too many options")]
     TooManyOptions,
+    /// More bytes in the clear behind `NBD_OPT_STARTTLS`: they could be meant to be taken for encrypted ones.
+    #[error("client sent more behind NBD_OPT_STARTTLS, in the clear")]
+    ClearBehindStartTls,
+}
+
+/// An export that a client asked for and may not use; for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Its name.
+    pub export: String,
+    /// What the client was told.
+    pub why: &'static str,
 }
 
 /// What to do after a call of [`Handshake::advance`]. Send the replies first, in every case.
@@ -73,6 +86,8 @@ pub enum Step {
     NeedInput,
     /// Send the replies and call again: there may be more input, or more to say.
     Again,
+    /// Send the replies, and make TLS of the stream; then call [`Handshake::secured`], and go on with what comes through it.
+    StartTls,
     /// The handshake is over; what is left of the input are requests.
     Enter(Box<Negotiated>),
     /// Send and close.
@@ -93,6 +108,8 @@ enum State {
         table: Arc<ExportTable>,
         next: usize,
     },
+    /// `NBD_OPT_STARTTLS` was granted.
+    Tls,
     Over,
 }
 
@@ -102,6 +119,9 @@ pub struct Handshake {
     state: State,
     flags: ClientFlags,
     options: u32,
+    tls: TlsMode,
+    client: ClientIdentity,
+    refusal: Option<Refusal>,
     pub(super) structured: bool,
     pub(super) meta: MetaSelection,
 }
@@ -116,13 +136,22 @@ impl Default for Handshake {
 const LIST_STEP: usize = 64 << 10;
 
 impl Handshake {
-    /// Begins; the [`greeting`] is the caller's to send.
+    /// Begins, without TLS, with a client of which nothing is known; the [`greeting`] is the caller's to send.
     #[must_use]
     pub fn new() -> Handshake {
+        Handshake::with(TlsMode::Off, ClientIdentity::default())
+    }
+
+    /// Begins with what is known of the client.
+    #[must_use]
+    pub fn with(tls: TlsMode, client: ClientIdentity) -> Handshake {
         Handshake {
             state: State::ClientFlags,
             flags: ClientFlags::empty(),
             options: 0,
+            tls,
+            client,
+            refusal: None,
             structured: false,
             meta: MetaSelection::default(),
         }
@@ -132,6 +161,29 @@ impl Handshake {
     #[must_use]
     pub fn fixed_newstyle(&self) -> bool {
         self.flags.contains(ClientFlags::NBD_FLAG_C_FIXED_NEWSTYLE)
+    }
+
+    /// TLS is up: the negotiation begins anew, and all that was negotiated in the clear is forgotten.
+    ///
+    /// # Panics
+    /// When it was not granted.
+    pub fn secured(&mut self, peer: TlsPeer) {
+        assert!(matches!(self.state, State::Tls), "TLS without NBD_OPT_STARTTLS");
+        let fresh = Handshake::with(self.tls, std::mem::take(&mut self.client));
+        // The client's flags are no option, and the number of options stays bounded.
+        *self = Handshake { state: State::Option, flags: self.flags, options: self.options, ..fresh };
+        self.client.tls = Some(Arc::new(peer));
+    }
+
+    /// What is known of the client.
+    #[must_use]
+    pub fn client(&self) -> &ClientIdentity {
+        &self.client
+    }
+
+    /// The refusal that the last call of [`Handshake::advance`] came to, once.
+    pub fn take_refusal(&mut self) -> Option<Refusal> {
+        self.refusal.take()
     }
 
     /// Takes one message off the front of `input` if it is there completely; `*consumed` is set to its bytes. Replies are
@@ -158,8 +210,12 @@ impl Handshake {
                 if *left > 0 {
                     return Step::NeedInput;
                 }
-                put_option_reply(out, *option, NBD_REP_ERR_TOO_BIG, b"option data is too long");
+                let option = *option;
                 self.state = State::Option;
+                match self.needs_tls_first(option) {
+                    true => put_option_reply(out, option, NBD_REP_ERR_TLS_REQD, TLS_FIRST),
+                    false => put_option_reply(out, option, NBD_REP_ERR_TOO_BIG, b"option data is too long"),
+                }
                 Step::Again
             }
             State::List { table, next } => {
@@ -168,13 +224,17 @@ impl Handshake {
                     if out.len() >= end {
                         return Step::Again;
                     }
-                    option::put_list_entry(out, export);
+                    // What a client could not use is not listed for it.
+                    if refused(export, self.tls, &self.client).is_none() {
+                        option::put_list_entry(out, export);
+                    }
                     *next += 1;
                 }
                 put_option_reply(out, NBD_OPT_LIST, NBD_REP_ACK, b"");
                 self.state = State::Option;
                 Step::Again
             }
+            State::Tls => panic!("TLS was granted, and is not up"),
             State::Over => panic!("handshake is over"),
         };
         if matches!(step, Step::Enter(_) | Step::Close(_)) {
@@ -252,7 +312,15 @@ impl Handshake {
             put_option_reply(out, option, NBD_REP_ERR_SHUTDOWN, b"server is shutting down");
             return Step::Again;
         }
+        if self.needs_tls_first(option) {
+            if option == NBD_OPT_EXPORT_NAME {
+                return Step::Close(CloseReason::ExportName("TLS is required"));
+            }
+            put_option_reply(out, option, NBD_REP_ERR_TLS_REQD, TLS_FIRST);
+            return Step::Again;
+        }
         match option {
+            NBD_OPT_STARTTLS => self.start_tls(data, input.len() > *consumed, out),
             NBD_OPT_EXPORT_NAME => self.export_name(data, table, out),
             NBD_OPT_LIST if data.is_empty() => {
                 self.state = State::List { table: table.clone(), next: 0 };
@@ -263,13 +331,60 @@ impl Handshake {
     }
 
     fn export_name(&mut self, data: &[u8], table: &ExportTable, out: &mut Vec<u8>) -> Step {
-        let Some(export) = option::find(table, data) else {
-            return Step::Close(CloseReason::ExportName("no such export"));
+        let export = match self.find(table, data) {
+            Ok(export) => export,
+            Err((_, why)) => return Step::Close(CloseReason::ExportName(why)),
         };
         let negotiated = self.enter(export);
         let reply = super::wire::ExportNameReply { size: negotiated.export.size(), flags: negotiated.flags };
         reply.put(out, self.flags.contains(ClientFlags::NBD_FLAG_C_NO_ZEROES));
         Step::Enter(Box::new(negotiated))
+    }
+
+    /// Whether the client must make TLS before anything else.
+    fn needs_tls_first(&self, option: u32) -> bool {
+        let open = matches!(option, NBD_OPT_STARTTLS | NBD_OPT_ABORT);
+        self.tls == TlsMode::Required && self.client.tls.is_none() && !open
+    }
+
+    fn start_tls(&mut self, data: &[u8], more: bool, out: &mut Vec<u8>) -> Step {
+        let mut refuse = |reply_type, why: &str| {
+            put_option_reply(out, NBD_OPT_STARTTLS, reply_type, why.as_bytes());
+            Step::Again
+        };
+        if !data.is_empty() {
+            return refuse(NBD_REP_ERR_INVALID, "this option takes no data");
+        }
+        if self.client.tls.is_some() {
+            return refuse(NBD_REP_ERR_INVALID, "TLS is on already");
+        }
+        if self.tls == TlsMode::Off {
+            return refuse(NBD_REP_ERR_UNSUP, "this server does not offer TLS");
+        }
+        if more {
+            return Step::Close(CloseReason::ClearBehindStartTls);
+        }
+        put_option_reply(out, NBD_OPT_STARTTLS, NBD_REP_ACK, b"");
+        self.state = State::Tls;
+        Step::StartTls
+    }
+
+    /// Finds an export by a name as sent, if the client may use it; else the error reply's type and text.
+    pub(super) fn find<'t>(
+        &mut self,
+        table: &'t ExportTable,
+        name: &[u8],
+    ) -> Result<&'t Arc<Export>, (u32, &'static str)> {
+        let Some(export) = option::find(table, name) else {
+            return Err((NBD_REP_ERR_UNKNOWN, "no such export"));
+        };
+        match refused(export, self.tls, &self.client) {
+            None => Ok(export),
+            Some((reply_type, why)) => {
+                self.refusal = Some(Refusal { export: export.name().to_owned(), why });
+                Err((reply_type, why))
+            }
+        }
     }
 
     /// Makes the result of a handshake that ends in `export`.
@@ -280,6 +395,21 @@ impl Handshake {
             structured: self.structured,
             contexts: std::mem::take(&mut self.meta).into_contexts_for(export),
         }
+    }
+}
+
+const TLS_FIRST: &[u8] = b"this server requires TLS: send NBD_OPT_STARTTLS first";
+
+/// Why a client may not use an export, if so: the error reply's type and text.
+fn refused(export: &Export, tls: TlsMode, client: &ClientIdentity) -> Option<(u32, &'static str)> {
+    if tls == TlsMode::Selective && client.tls.is_none() && export.tls_required() {
+        return Some((NBD_REP_ERR_TLS_REQD, "this export requires TLS: send NBD_OPT_STARTTLS first"));
+    }
+    match export.allow() {
+        Some(list) if !list.admits(client) => {
+            Some((NBD_REP_ERR_POLICY, "this client is not on the export's allow list"))
+        }
+        _ => None,
     }
 }
 

@@ -3,7 +3,9 @@
 //! `proto`, `wire`, `handshake`, `option` and `request` are pure: bytes in, values and actions out; no I/O, no
 //! clock, no yield. `session` and `server` put them on sockets and coroutines.
 
+pub mod access;
 pub mod budget;
+pub mod channel;
 pub mod client;
 mod conn;
 pub mod export;
@@ -17,4 +19,5 @@ pub mod reply;
 pub mod request;
 pub mod server;
 mod session;
+pub mod tls;
 pub mod wire;

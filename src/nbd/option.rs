@@ -22,7 +22,7 @@ pub(super) fn put_list_entry(out: &mut Vec<u8>, export: &Export) {
     put_option_reply(out, NBD_OPT_LIST, NBD_REP_SERVER, &data);
 }
 
-/// Answers any option but `NBD_OPT_EXPORT_NAME` and a well-formed `NBD_OPT_LIST`.
+/// Answers any option but `NBD_OPT_EXPORT_NAME`, `NBD_OPT_STARTTLS` and a well-formed `NBD_OPT_LIST`.
 pub(super) fn answer(
     hs: &mut Handshake,
     option: u32,
@@ -37,8 +37,6 @@ pub(super) fn answer(
             return Step::Close(CloseReason::Abort);
         }
         NBD_OPT_LIST => reply(NBD_REP_ERR_INVALID, b"this option takes no data"),
-        NBD_OPT_STARTTLS if !data.is_empty() => reply(NBD_REP_ERR_INVALID, b"this option takes no data"),
-        NBD_OPT_STARTTLS => reply(NBD_REP_ERR_UNSUP, b"this server does not offer TLS"),
         NBD_OPT_STRUCTURED_REPLY if !data.is_empty() => {
             reply(NBD_REP_ERR_INVALID, b"this option takes no data");
         }
@@ -69,9 +67,12 @@ fn info(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTable, out: 
             return Step::Again;
         }
     };
-    let Some(export) = find(table, request.name) else {
-        put_option_reply(out, option, NBD_REP_ERR_UNKNOWN, b"no such export");
-        return Step::Again;
+    let export = match hs.find(table, request.name) {
+        Ok(export) => export,
+        Err((reply_type, why)) => {
+            put_option_reply(out, option, reply_type, why.as_bytes());
+            return Step::Again;
+        }
     };
     let mut data = Vec::new();
     let mut put = |info: RepInfo<'_>| {
@@ -110,8 +111,9 @@ fn meta_context(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTabl
         Ok(request) => request,
         Err(e) => return put_protocol_error(out, option, e),
     };
-    let Some(export) = find(table, request.name) else {
-        return put_option_reply(out, option, NBD_REP_ERR_UNKNOWN, b"no such export");
+    let export = match hs.find(table, request.name) {
+        Ok(export) => export,
+        Err((reply_type, why)) => return put_option_reply(out, option, reply_type, why.as_bytes()),
     };
     let mut data = Vec::new();
     let mut put = |id: u32, name: &str| {

@@ -202,7 +202,7 @@ impl Reader {
             drop(outbox);
             co_yield();
         }
-        let _ = conn.stream.shutdown(std::net::Shutdown::Both); // the peer may be gone already
+        conn.stream.co_close();
     }
 
     fn push_batch(&mut self) {

@@ -10,10 +10,13 @@
 //! The accepting thread only accepts. What sessions and acceptor share is `Shared`; its registry lock is taken per
 //! connection event, never per request, and never across a yield.
 
+use super::access::{AllowList, TlsMode};
 use super::budget::DaemonBudget;
+use super::channel::HandshakeGate;
 use super::export::{Export, ExportTable, Exports};
 use super::listen::{self, Listener};
 use super::session::{self, Accepted};
+use super::tls::TlsServerConfig;
 use crate::aio::{AioContext, BottomHalf, HandlerId, Interest, Timer};
 use crate::co::{CoQueue, CoSleep, CoStream, Coroutine};
 use crate::util::counters::Counter;
@@ -23,7 +26,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak, mpsc};
 use std::time::Duration;
 use tracing::{error, info, warn};
 
@@ -34,6 +37,17 @@ pub enum ListenAddr {
     Tcp(SocketAddr),
     /// A unix socket; a stale file of that name is replaced, a live one is an error.
     Unix(PathBuf),
+}
+
+/// TLS as a server offers it.
+#[derive(Debug, Clone)]
+pub struct ServerTls {
+    /// `Required` or `Selective`; constant while the server runs.
+    pub mode: TlsMode,
+    /// Credentials; [`Server::replace_tls`] exchanges them.
+    pub config: Arc<TlsServerConfig>,
+    /// Who may go on after a handshake; `None`: whoever passed it.
+    pub authz: Option<AllowList>,
 }
 
 /// Limits and habits of a server. Every limit is ours.
@@ -57,6 +71,8 @@ pub struct ServerConfig {
     pub total_requests: u32,
     /// While others wait for the daemon's budget, a client that takes no byte of its replies for this long is dropped.
     pub stall_timeout: Duration,
+    /// TLS; `None`: not offered.
+    pub tls: Option<ServerTls>,
 }
 
 impl Default for ServerConfig {
@@ -71,6 +87,7 @@ impl Default for ServerConfig {
             total_bytes: 1 << 30,
             total_requests: 16_384,
             stall_timeout: Duration::from_secs(30),
+            tls: None,
         }
     }
 }
@@ -170,6 +187,8 @@ pub(super) struct ThreadSlot {
     pub(super) counters: Arc<ThreadCounters>,
     /// Connections on it, half-open ones included. Written at accept, move and end only.
     load: AtomicUsize,
+    /// TLS handshakes on it pass through here.
+    pub(super) tls_gate: HandshakeGate,
 }
 
 /// A connection in the books.
@@ -214,6 +233,8 @@ pub(super) struct Shared {
     /// Connections accepted and not ended, those still on their way to their thread included.
     live: AtomicUsize,
     next_id: AtomicU64,
+    /// The credentials of this moment.
+    tls: Option<RwLock<Arc<TlsServerConfig>>>,
     warnings: WarnLimit,
     /// Wakes the shutdown coroutine. Set once, at start.
     stop_bh: OnceLock<BottomHalf>,
@@ -228,6 +249,15 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn tls_mode(&self) -> TlsMode {
+        self.config.tls.as_ref().map_or(TlsMode::Off, |tls| tls.mode)
+    }
+
+    /// The TLS credentials of this moment.
+    pub(super) fn tls_config(&self) -> Option<Arc<TlsServerConfig>> {
+        self.tls.as_ref().map(|tls| tls.read().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// Logs a warning that a client can cause, unless there were many just now; `f` gets how many were left out before.
@@ -523,7 +553,12 @@ impl Server {
 
         let threads = threads
             .into_iter()
-            .map(|ctx| ThreadSlot { ctx, counters: Arc::default(), load: AtomicUsize::new(0) })
+            .map(|ctx| ThreadSlot {
+                ctx,
+                counters: Arc::default(),
+                load: AtomicUsize::new(0),
+                tls_gate: HandshakeGate::default(),
+            })
             .collect();
         let shared = Arc::new_cyclic(|weak: &Weak<Shared>| {
             let weak = weak.clone();
@@ -535,6 +570,7 @@ impl Server {
             let total_bytes = config.total_bytes.max(u64::from(super::proto::MAX_PAYLOAD));
             Shared {
                 daemon: DaemonBudget::new(total_bytes, config.total_requests.max(1), pressure),
+                tls: config.tls.as_ref().map(|tls| RwLock::new(tls.config.clone())),
                 config,
                 exports: Exports::new(table),
                 threads,
@@ -590,6 +626,14 @@ impl Server {
     #[must_use]
     pub fn exports(&self) -> &Exports {
         &self.shared.exports
+    }
+
+    /// Exchanges the TLS credentials: later handshakes use the new ones, connections that are up stay. False when the server
+    /// was started without TLS: nothing changes then.
+    pub fn replace_tls(&self, config: Arc<TlsServerConfig>) -> bool {
+        let Some(tls) = &self.shared.tls else { return false };
+        *tls.write().unwrap_or_else(PoisonError::into_inner) = config;
+        true
     }
 
     /// What each IOThread has done, in the order given to [`Server::start`]. Any thread; may be slightly old.

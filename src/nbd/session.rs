@@ -24,6 +24,8 @@
 //!   And it does not read on while the client leaves its replies unread.
 //! - An idle session is plain data: what was negotiated, the export, and bytes received but not parsed.
 
+use super::access::{ClientIdentity, TlsPeer};
+use super::channel::{Channel, HandshakeError};
 use super::conn::Conn;
 use super::export::Export;
 use super::handshake::{self, CloseReason, Handshake, Negotiated, Step};
@@ -67,6 +69,7 @@ impl Drop for Live<'_> {
 fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
     let Accepted { id, fd, peer, thread } = accepted;
     let mut live = Live { shared, id, thread };
+    let client = identify(&fd);
     let stream = match CoStream::new(fd) {
         Ok(stream) => stream,
         Err(error) => {
@@ -78,7 +81,9 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
         return;
     }
     debug!(peer, conn = id, "client connected");
-    let (negotiated, replies, rest) = match co_negotiate(shared, &stream) {
+    let mut channel = Channel::Plain(stream.clone());
+    let negotiation = Negotiation { shared, id, peer: &peer, thread };
+    let (negotiated, replies, rest, tls) = match negotiation.co_run(&mut channel, client) {
         Ok(done) => done,
         Err(reason) => {
             match reason {
@@ -90,13 +95,18 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
                         warn!(peer, conn = id, %reason, suppressed, "negotiation failed");
                     });
                 }
+                HandshakeEnd::Tls(reason) => {
+                    shared.warn_limited(|suppressed| {
+                        warn!(peer, conn = id, %reason, suppressed, "TLS is not up");
+                    });
+                }
                 HandshakeEnd::Io(error) => {
                     shared.warn_limited(|suppressed| {
                         warn!(peer, conn = id, %error, suppressed, "connection lost during negotiation");
                     });
                 }
             }
-            let _ = stream.shutdown(std::net::Shutdown::Both); // the peer may be gone already
+            channel.co_close();
             return;
         }
     };
@@ -115,7 +125,7 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
     counters.connections.add(1);
     shared.session_transmits(id, &negotiated.export);
 
-    let conn = Conn::new(shared, &stream, &slot.ctx, counters.clone(), id, peer, *negotiated);
+    let conn = Conn::new(shared, &channel, &slot.ctx, counters.clone(), id, peer, *negotiated);
     info!(
         peer = conn.peer,
         conn = id,
@@ -123,6 +133,7 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
         ctx = slot.ctx.name(),
         structured = conn.structured,
         contexts = conn.contexts.len(),
+        tls = tls.as_ref().map_or("no", |tls| tls.version.as_str()),
         "client entered transmission"
     );
     let mut reader = Reader::new(conn.clone(), &rest);
@@ -169,65 +180,145 @@ enum HandshakeEnd {
     Closed(CloseReason),
     /// The client closed between two messages.
     Left,
+    /// The TLS handshake, or the client's identity.
+    Tls(String),
     Io(io::Error),
 }
 
 /// Replies of one step are sent when this many bytes are ready, or when input is missing (ours).
 const NEGOTIATION_FLUSH: usize = 64 << 10;
 
-/// Speaks the handshake. Returns the last replies unsent, and what the client has sent beyond.
-fn co_negotiate(
-    shared: &Shared,
-    stream: &CoStream,
-) -> Result<(Box<Negotiated>, Vec<u8>, BytesMut), HandshakeEnd> {
-    let ctx = AioContext::current().expect("sessions run on IOThreads");
-    let deadline = ctx.now_ns().saturating_add(shared.config.handshake_timeout.as_nanos() as u64);
-    drop(ctx);
-    stream.set_read_deadline(Some(deadline));
-    stream.set_write_deadline(Some(deadline));
-    stream.co_write_all(&handshake::greeting()).map_err(HandshakeEnd::Io)?;
-    let mut hs = Handshake::new();
-    let mut input = BytesMut::new();
-    let mut out = Vec::new();
-    loop {
-        let mut consumed = 0;
-        let table = shared.exports.snapshot();
-        let step = hs.advance(&input, &mut consumed, &table, shared.is_stopping(), &mut out);
-        input.advance(consumed);
-        match step {
-            Step::Enter(negotiated) => return Ok((negotiated, out, input)),
-            Step::Again if out.len() < NEGOTIATION_FLUSH => {}
-            Step::Again => {
-                stream.co_write_all(&out).map_err(HandshakeEnd::Io)?;
-                out.clear();
+/// What is known of a client before it says anything.
+fn identify(fd: &OwnedFd) -> ClientIdentity {
+    let address = rustix::net::getpeername(fd).ok().flatten();
+    let address = address.and_then(|addr| std::net::SocketAddr::try_from(addr).ok());
+    // The kernel makes something up for other sockets than unix ones.
+    let uid = match rustix::net::getsockname(fd).map(|addr| addr.address_family()) {
+        Ok(rustix::net::AddressFamily::UNIX) => {
+            rustix::net::sockopt::socket_peercred(fd).ok().map(|cred| cred.uid.as_raw())
+        }
+        _ => None,
+    };
+    ClientIdentity { address: address.map(|a| a.ip().to_canonical()), uid, tls: None }
+}
+
+/// The last replies, unsent; what the client has sent beyond; what TLS has proved.
+type Agreed = (Box<Negotiated>, Vec<u8>, BytesMut, Option<Arc<TlsPeer>>);
+
+/// One handshake being spoken.
+struct Negotiation<'s> {
+    shared: &'s Shared,
+    id: u64,
+    peer: &'s str,
+    thread: usize,
+}
+
+impl Negotiation<'_> {
+    /// Speaks the handshake. `channel` becomes TLS on the way if the client asks for it.
+    fn co_run(&self, channel: &mut Channel, client: ClientIdentity) -> Result<Agreed, HandshakeEnd> {
+        let shared = self.shared;
+        let ctx = AioContext::current().expect("sessions run on IOThreads");
+        let deadline = ctx.now_ns().saturating_add(shared.config.handshake_timeout.as_nanos() as u64);
+        drop(ctx);
+        channel.set_read_deadline(Some(deadline));
+        channel.set_write_deadline(Some(deadline));
+        channel.co_write_all(&handshake::greeting()).map_err(HandshakeEnd::Io)?;
+        let mut hs = Handshake::with(shared.tls_mode(), client);
+        let mut input = BytesMut::new();
+        let mut out = Vec::new();
+        loop {
+            let mut consumed = 0;
+            let table = shared.exports.snapshot();
+            let step = hs.advance(&input, &mut consumed, &table, shared.is_stopping(), &mut out);
+            input.advance(consumed);
+            if let Some(refusal) = hs.take_refusal() {
+                shared.warn_limited(|suppressed| {
+                    warn!(
+                        peer = self.peer,
+                        conn = self.id,
+                        export = refusal.export,
+                        client = %hs.client(),
+                        reason = refusal.why,
+                        suppressed,
+                        "export refused"
+                    );
+                });
             }
-            Step::Close(reason) => {
-                // The reason is already known: whether the client still takes the reply changes nothing.
-                let _ = stream.co_write_all(&out);
-                return Err(HandshakeEnd::Closed(reason));
-            }
-            Step::NeedInput => {
-                stream.co_write_all(&out).map_err(HandshakeEnd::Io)?;
-                out.clear();
-                match co_receive(stream, &mut input) {
-                    Ok(0) if input.is_empty() => return Err(HandshakeEnd::Left),
-                    Ok(0) => return Err(HandshakeEnd::Io(io::ErrorKind::UnexpectedEof.into())),
-                    Ok(_) => {}
-                    // The server shuts down: later options are refused, the connection is closed by and by.
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(HandshakeEnd::Io(e)),
+            match step {
+                Step::Enter(negotiated) => return Ok((negotiated, out, input, hs.client().tls.clone())),
+                Step::Again if out.len() < NEGOTIATION_FLUSH => {}
+                Step::Again => {
+                    channel.co_write_all(&out).map_err(HandshakeEnd::Io)?;
+                    out.clear();
+                }
+                Step::StartTls => {
+                    assert!(input.is_empty(), "TLS was granted with clear bytes in hand");
+                    channel.co_write_all(&out).map_err(HandshakeEnd::Io)?;
+                    out.clear();
+                    hs.secured(self.co_start_tls(channel, hs.client(), deadline)?);
+                }
+                Step::Close(reason) => {
+                    // The reason is already known: whether the client still takes the reply changes nothing.
+                    let _ = channel.co_write_all(&out);
+                    return Err(HandshakeEnd::Closed(reason));
+                }
+                Step::NeedInput => {
+                    channel.co_write_all(&out).map_err(HandshakeEnd::Io)?;
+                    out.clear();
+                    match co_receive(channel, &mut input) {
+                        Ok(0) if input.is_empty() => return Err(HandshakeEnd::Left),
+                        Ok(0) => return Err(HandshakeEnd::Io(io::ErrorKind::UnexpectedEof.into())),
+                        Ok(_) => {}
+                        // The server shuts down: later options are refused, the connection is closed by and by.
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                        Err(e) => return Err(HandshakeEnd::Io(e)),
+                    }
                 }
             }
+        }
+    }
+
+    /// Makes TLS of the channel. The credentials are those of this moment.
+    fn co_start_tls(
+        &self,
+        channel: &mut Channel,
+        client: &ClientIdentity,
+        deadline: u64,
+    ) -> Result<TlsPeer, HandshakeEnd> {
+        let shared = self.shared;
+        let config = shared.tls_config().expect("TLS is granted only where there is some");
+        let gate = &shared.threads[self.thread].tls_gate;
+        let stream = channel.stream().clone();
+        let (secure, proved) =
+            Channel::co_accept(&stream, &config, gate, deadline).map_err(|error| match error {
+                HandshakeError::Io(e) => HandshakeEnd::Io(e),
+                other => HandshakeEnd::Tls(other.to_string()),
+            })?;
+        *channel = secure;
+        let client = ClientIdentity { tls: Some(Arc::new(proved.clone())), ..client.clone() };
+        debug!(
+            peer = self.peer,
+            conn = self.id,
+            %client,
+            version = proved.version,
+            cipher = proved.cipher,
+            "TLS is up"
+        );
+        match shared.config.tls.as_ref().and_then(|tls| tls.authz.as_ref()) {
+            Some(authz) if !authz.admits(&client) => {
+                Err(HandshakeEnd::Tls(format!("client is not authorized: {client}")))
+            }
+            _ => Ok(proved),
         }
     }
 }
 
 /// Appends what the client has sent. Grows by what arrives, not by what the client announces.
-fn co_receive(stream: &CoStream, input: &mut BytesMut) -> io::Result<usize> {
+fn co_receive(channel: &Channel, input: &mut BytesMut) -> io::Result<usize> {
     const STEP: usize = 2048;
     let old = input.len();
     input.resize(old + STEP, 0);
-    let got = stream.co_read(&mut input[old..]);
+    let got = channel.co_read(&mut input[old..]);
     input.truncate(old + *got.as_ref().unwrap_or(&0));
     got
 }
