@@ -18,7 +18,9 @@
 
 use super::shard::{self, Sharded};
 use super::wait::{co_wait_until, lock};
-use super::{BlockNode, Error, Extent, Limits, Result, WriteFlags, iov};
+use super::{
+    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Limits, Result, WriteFlags, iov,
+};
 use crate::co::CoQueue;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -328,6 +330,46 @@ impl BlockBackend {
         self.assert_bounds(offset, len);
         let r = self.co_begin();
         let done = self.root.co_block_status(offset, len).map(|e| Extent { len: e.len.min(len), ..e });
+        if let Ok(e) = &done {
+            assert!(e.len > 0, "extents are not empty");
+        }
+        add(&r.slot.statuses, 1);
+        count_error(r.slot, done)
+    }
+
+    /// Which layer holds the data at `offset`: the first extent, clipped to the question. Coroutine only; yields.
+    ///
+    /// # Errors
+    /// As [`BlockNode::co_allocation_depth`].
+    ///
+    /// # Panics
+    /// When the range is empty or outside of the node.
+    pub fn co_allocation_depth(&self, offset: u64, len: u64) -> Result<DepthExtent> {
+        assert!(len > 0, "the depth of nothing has no answer");
+        self.assert_bounds(offset, len);
+        let r = self.co_begin();
+        let done =
+            self.root.co_allocation_depth(offset, len).map(|e| DepthExtent { len: e.len.min(len), ..e });
+        if let Ok(e) = &done {
+            assert!(e.len > 0, "extents are not empty");
+        }
+        add(&r.slot.statuses, 1);
+        count_error(r.slot, done)
+    }
+
+    /// What one of the root node's bitmaps says at `offset`: the first extent, clipped to the question. Coroutine only;
+    /// yields.
+    ///
+    /// # Errors
+    /// As [`DirtyBitmap::co_status`].
+    ///
+    /// # Panics
+    /// When the range is empty or outside of the node.
+    pub fn co_dirty_status(&self, bitmap: &dyn DirtyBitmap, offset: u64, len: u64) -> Result<DirtyExtent> {
+        assert!(len > 0, "the state of nothing has no answer");
+        self.assert_bounds(offset, len);
+        let r = self.co_begin();
+        let done = bitmap.co_status(offset, len).map(|e| DirtyExtent { len: e.len.min(len), ..e });
         if let Ok(e) = &done {
             assert!(e.len > 0, "extents are not empty");
         }

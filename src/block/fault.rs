@@ -15,7 +15,7 @@
 //! Any thread. While there is any rule nothing is served inline, so that every request can be caught.
 
 use super::wait::{co_wait_until, lock};
-use super::{BlockNode, Error, Extent, Limits, Result, WriteFlags, iov};
+use super::{BlockNode, DepthExtent, DirtyBitmap, Error, Extent, Limits, Result, WriteFlags, iov};
 use crate::co::{self, CoQueue};
 use bitflags::bitflags;
 use std::io::{IoSlice, IoSliceMut};
@@ -38,7 +38,7 @@ bitflags! {
         const DISCARD = 8;
         /// `co_flush`; it has no range and matches every one.
         const FLUSH = 16;
-        /// `co_block_status`.
+        /// `co_block_status` and `co_allocation_depth`.
         const BLOCK_STATUS = 32;
         /// `co_cache`.
         const CACHE = 64;
@@ -394,5 +394,15 @@ impl BlockNode for FaultNode {
 
     fn co_cache(&self, offset: u64, len: u64) -> Result<()> {
         self.co_around(FaultOps::CACHE, "cache", offset, len, || self.child.co_cache(offset, len))
+    }
+
+    fn co_allocation_depth(&self, offset: u64, len: u64) -> Result<DepthExtent> {
+        self.co_around(FaultOps::BLOCK_STATUS, "allocation_depth", offset, len, || {
+            self.child.co_allocation_depth(offset, len)
+        })
+    }
+
+    fn dirty_bitmaps(&self) -> Vec<Arc<dyn DirtyBitmap>> {
+        self.child.dirty_bitmaps()
     }
 }

@@ -49,6 +49,7 @@ pub use raw::RawNode;
 use bitflags::bitflags;
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
+use std::sync::Arc;
 
 bitflags! {
     /// How a write-type request is to be done.
@@ -81,6 +82,39 @@ pub struct Extent {
     pub len: u64,
     /// What they are.
     pub flags: StatusFlags,
+}
+
+/// One extent of [`BlockNode::co_allocation_depth`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DepthExtent {
+    /// Bytes from the asked offset on, at least 1, not past the end of the node.
+    pub len: u64,
+    /// Which layer of the backing chain they come from: 0 none, 1 this one, 2 its backing file, and so on.
+    pub depth: u32,
+}
+
+/// One extent of [`DirtyBitmap::co_status`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirtyExtent {
+    /// Bytes from the asked offset on, at least 1, not past the end of the node.
+    pub len: u64,
+    /// Whether they have been written to since the bitmap was begun.
+    pub dirty: bool,
+}
+
+/// A persistent bitmap of a node: which of its bytes were written to. Shared by `Arc`, used by all IOThreads at once.
+pub trait DirtyBitmap: Send + Sync {
+    /// Name, unique in its node.
+    fn name(&self) -> &str;
+
+    /// Bytes per bit, a power of two.
+    fn granularity(&self) -> u64;
+
+    /// State at `offset` for at most `len` bytes, `len` at least 1: the first extent. Coroutine only; may yield.
+    ///
+    /// # Errors
+    /// The errno of the failing operation.
+    fn co_status(&self, offset: u64, len: u64) -> Result<DirtyExtent>;
 }
 
 /// What a node wants and can do. Sizes are bytes, powers of two.
@@ -226,5 +260,19 @@ pub trait BlockNode: Send + Sync {
     /// The errno of the failing operation.
     fn co_cache(&self, _offset: u64, _len: u64) -> Result<()> {
         Ok(())
+    }
+
+    /// Which layer of the backing chain holds the data at `offset`, for at most `len` bytes (at least 1): the first
+    /// extent. A node without a backing chain is one layer that holds everything.
+    ///
+    /// # Errors
+    /// The errno of the failing operation.
+    fn co_allocation_depth(&self, _offset: u64, len: u64) -> Result<DepthExtent> {
+        Ok(DepthExtent { len, depth: 1 })
+    }
+
+    /// The dirty bitmaps of the node that may be shown to clients.
+    fn dirty_bitmaps(&self) -> Vec<Arc<dyn DirtyBitmap>> {
+        Vec::new()
     }
 }

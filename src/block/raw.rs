@@ -7,7 +7,9 @@
 //! end of the write, or two small writes could each bring half a signature.
 
 use super::probe::{PROBE_LEN, probe};
-use super::{BlockNode, Error, Extent, Limits, Result, WriteFlags, iov};
+use super::{
+    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Limits, Result, WriteFlags, iov,
+};
 use crate::co::CoMutex;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
@@ -160,5 +162,36 @@ impl BlockNode for RawNode {
     fn co_cache(&self, offset: u64, len: u64) -> Result<()> {
         self.assert_bounds(offset, len);
         self.child.co_cache(self.offset + offset, len)
+    }
+
+    fn co_allocation_depth(&self, offset: u64, len: u64) -> Result<DepthExtent> {
+        self.assert_bounds(offset, len);
+        self.child.co_allocation_depth(self.offset + offset, len)
+    }
+
+    fn dirty_bitmaps(&self) -> Vec<Arc<dyn DirtyBitmap>> {
+        let shifted = |inner| Arc::new(WindowBitmap { inner, offset: self.offset }) as Arc<dyn DirtyBitmap>;
+        self.child.dirty_bitmaps().into_iter().map(shifted).collect()
+    }
+}
+
+/// A bitmap of the child, asked at the window's offsets.
+struct WindowBitmap {
+    inner: Arc<dyn DirtyBitmap>,
+    offset: u64,
+}
+
+impl DirtyBitmap for WindowBitmap {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.inner.granularity()
+    }
+
+    fn co_status(&self, offset: u64, len: u64) -> Result<DirtyExtent> {
+        // The child's extent may go on behind the window.
+        self.inner.co_status(self.offset + offset, len).map(|e| DirtyExtent { len: e.len.min(len), ..e })
     }
 }

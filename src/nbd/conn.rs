@@ -438,7 +438,7 @@ impl Conn {
         let mut out = Vec::new();
         for (i, context) in self.contexts.iter().enumerate() {
             let extents: Vec<StatusExtent> =
-                match meta::co_extents(&context.kind, &self.export, h.offset, h.len, req_one) {
+                match meta::co_extents(&context.kind, &self.export, h.offset, h.len.into(), req_one) {
                     Ok(extents) => extents,
                     Err(e) => {
                         self.put_block_error(&mut batch, h.cookie, h.cmd, &e, false);

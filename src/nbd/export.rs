@@ -7,6 +7,7 @@
 //! Any thread; nothing here yields.
 
 use super::access::AllowList;
+use super::meta::ContextKind;
 use super::proto::{MAX_PAYLOAD, NBD_MAX_STRING, TransmissionFlags};
 use super::wire::BlockSizes;
 use crate::block::{BlockBackend, BlockNode};
@@ -32,12 +33,37 @@ pub enum ExportError {
         /// Its minimum.
         min: u32,
     },
+    /// A dirty bitmap that the image does not have.
+    #[error("export '{export}': the image has no dirty bitmap '{bitmap}'; {}", exist(there))]
+    NoSuchBitmap {
+        /// The export.
+        export: String,
+        /// What was asked for.
+        bitmap: String,
+        /// Those that exist.
+        there: Vec<String>,
+    },
+    /// A dirty bitmap whose context would have a name that the protocol forbids.
+    #[error("export '{export}': the name of the dirty bitmap '{bitmap}' is too long or contains NUL")]
+    BadBitmapName {
+        /// The export.
+        export: String,
+        /// The bitmap.
+        bitmap: String,
+    },
     /// Two exports with one name.
     #[error("two exports are named '{0}'")]
     Duplicate(String),
     /// The default names no export of the table.
     #[error("the default export '{0}' does not exist")]
     NoSuchDefault(String),
+}
+
+fn exist(bitmaps: &[String]) -> String {
+    if bitmaps.is_empty() {
+        return "it has none".to_owned();
+    }
+    format!("it has '{}'", bitmaps.join("', '"))
 }
 
 /// What an export is to be; see the fields' defaults.
@@ -62,6 +88,10 @@ pub struct ExportOptions {
     pub tls_required: bool,
     /// Who may use it; `None`: every client.
     pub allow: Option<AllowList>,
+    /// Offer the metadata context `qemu:allocation-depth`: which layer of a backing chain holds what.
+    pub allocation_depth: bool,
+    /// Dirty bitmaps of the image to offer as `qemu:dirty-bitmap:NAME`.
+    pub bitmaps: Vec<String>,
 }
 
 /// One export: a name for a backend, and what is promised about it.
@@ -73,13 +103,14 @@ pub struct Export {
     sizes: BlockSizes,
     tls_required: bool,
     allow: Option<AllowList>,
+    contexts: Vec<ContextKind>,
 }
 
 impl Export {
     /// Makes an export of `backend`.
     ///
     /// # Errors
-    /// Strings and block sizes that the protocol does not allow.
+    /// Strings and block sizes that the protocol does not allow; bitmaps that the image does not have.
     pub fn new(options: ExportOptions, backend: Arc<BlockBackend>) -> Result<Arc<Export>, ExportError> {
         let string_ok = |s: &str| s.len() <= NBD_MAX_STRING && !s.contains('\0');
         if !string_ok(&options.name) {
@@ -106,6 +137,29 @@ impl Export {
             return Err(ExportError::BadBlockSizes { name: options.name, min });
         }
 
+        let mut contexts = vec![ContextKind::BaseAllocation];
+        if options.allocation_depth {
+            contexts.push(ContextKind::AllocationDepth);
+        }
+        for (i, name) in options.bitmaps.iter().enumerate() {
+            if options.bitmaps[..i].contains(name) {
+                continue;
+            }
+            let there = backend.root().dirty_bitmaps();
+            let Some(bitmap) = there.iter().find(|b| b.name() == name) else {
+                return Err(ExportError::NoSuchBitmap {
+                    export: options.name,
+                    bitmap: name.clone(),
+                    there: there.iter().map(|b| b.name().to_owned()).collect(),
+                });
+            };
+            let context = ContextKind::dirty_bitmap(bitmap.clone());
+            if !string_ok(context.name()) {
+                return Err(ExportError::BadBitmapName { export: options.name, bitmap: name.clone() });
+            }
+            contexts.push(context);
+        }
+
         let mut flags = TransmissionFlags::NBD_FLAG_HAS_FLAGS
             | TransmissionFlags::NBD_FLAG_SEND_FLUSH
             | TransmissionFlags::NBD_FLAG_SEND_FUA
@@ -128,6 +182,7 @@ impl Export {
             sizes,
             tls_required: options.tls_required,
             allow: options.allow,
+            contexts,
         }))
     }
 
@@ -185,6 +240,12 @@ impl Export {
     #[must_use]
     pub fn allow(&self) -> Option<&AllowList> {
         self.allow.as_ref()
+    }
+
+    /// The metadata contexts that clients may select, in a fixed order.
+    #[must_use]
+    pub fn contexts(&self) -> &[ContextKind] {
+        &self.contexts
     }
 
     /// Block size constraints to advertise.

@@ -115,6 +115,15 @@ bitflags! {
     }
 }
 
+bitflags! {
+    /// Status bits of a `qemu:dirty-bitmap:NAME` context (QEMU's docs/interop/nbd.txt).
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub struct DirtyFlags: u32 {
+        /// Written to since the bitmap was begun.
+        const NBD_STATE_DIRTY = 1 << 0;
+    }
+}
+
 /// Choose an export and enter transmission; has no error reply.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
 /// End the session.

@@ -714,16 +714,16 @@ pub fn put_error_chunk(
 /// One extent of a block status chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatusExtent {
-    /// Bytes, at least 1.
-    pub len: u32,
-    /// Status bits; for `base:allocation` they are [`StateFlags`].
-    pub flags: u32,
+    /// Bytes, at least 1; more than 32 bits only with extended headers.
+    pub len: u64,
+    /// Status bits; for `base:allocation` they are [`StateFlags`]. More than 32 bits only with extended headers.
+    pub flags: u64,
 }
 
 /// Appends an `NBD_REPLY_TYPE_BLOCK_STATUS` chunk.
 ///
 /// # Panics
-/// When there is no extent, or an empty one.
+/// When there is no extent, an empty one, or one that does not fit 32 bits.
 pub fn put_block_status(
     out: &mut impl BufMut,
     flags: ReplyFlags,
@@ -738,8 +738,8 @@ pub fn put_block_status(
     out.put_u32(context_id);
     for extent in extents {
         assert!(extent.len > 0, "an empty extent");
-        out.put_u32(extent.len);
-        out.put_u32(extent.flags);
+        out.put_u32(u32::try_from(extent.len).expect("a compact request asks about 32 bits"));
+        out.put_u32(u32::try_from(extent.flags).expect("contexts of compact headers have 32 bits"));
     }
 }
 
@@ -801,7 +801,7 @@ impl<'a> Chunk<'a> {
                     .as_chunks::<8>()
                     .0
                     .iter()
-                    .map(|e| StatusExtent { len: be32(e, 0), flags: be32(e, 4) })
+                    .map(|e| StatusExtent { len: be32(e, 0).into(), flags: be32(e, 4).into() })
                     .collect();
                 if extents.iter().any(|e| e.len == 0) {
                     return Err(bad);

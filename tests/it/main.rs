@@ -27,6 +27,7 @@ mod config;
 mod engine;
 mod nbd_basic;
 mod nbd_common;
+mod nbd_contexts;
 mod nbd_handshake;
 mod nbd_robust;
 mod nbd_transmission;

@@ -446,7 +446,7 @@ impl Raw {
         let Chunk::BlockStatus { extents, .. } = Chunk::decode(*kind, payload).unwrap() else {
             panic!("146: a status chunk")
         };
-        let total: u64 = extents.iter().map(|e| u64::from(e.len)).sum();
+        let total: u64 = extents.iter().map(|e| e.len).sum();
         assert!(total <= u64::from(len), "147: not longer than asked");
         assert!(extents.windows(2).all(|w| w[0].flags != w[1].flags), "149: neighbours differ");
         Ok(extents)

@@ -374,11 +374,11 @@ fn thousands_of_pipelined_requests_are_all_answered() {
 fn block_status_tells_holes_from_data_146_147_148_149_151() {
     let t = TestServer::unix(vec![memory("", SIZE)]);
     let mut c = t.go("", true);
-    let hole = (StateFlags::NBD_STATE_HOLE | StateFlags::NBD_STATE_ZERO).bits();
-    assert_eq!(c.block_status(0, 0, SIZE as u32).unwrap(), [StatusExtent { len: SIZE as u32, flags: hole }]);
+    let hole = u64::from((StateFlags::NBD_STATE_HOLE | StateFlags::NBD_STATE_ZERO).bits());
+    assert_eq!(c.block_status(0, 0, SIZE as u32).unwrap(), [StatusExtent { len: SIZE, flags: hole }]);
     assert_eq!(c.write(0, 131_072, &[1; 65_536]), 0);
     let extents = c.block_status(0, 0, SIZE as u32).unwrap();
-    assert_eq!(extents.iter().map(|e| e.len).sum::<u32>(), SIZE as u32);
+    assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), SIZE);
     let mut at = 0;
     for e in &extents {
         let data = at < 196_608 && at + e.len > 131_072;
