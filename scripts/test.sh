@@ -14,6 +14,7 @@ steps=(
     "rustdoc:env RUSTDOCFLAGS=-Dwarnings $CARGO doc --locked --no-deps --document-private-items"
     "unit tests:$CARGO test --locked --lib --bins"
     "integration tests:$CARGO test --locked --test it"
+    "qcow2, the proof:$CARGO test --locked --test qcow2"
     "interoperation with other clients and servers:$CARGO test --locked --test interop"
     "concurrency models (loom):$CARGO test --locked --test loom"
     "doc tests:$CARGO test --locked --doc"

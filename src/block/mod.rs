@@ -31,6 +31,7 @@ mod quick_writes;
 mod range_lock;
 mod raw;
 mod shard;
+mod sim;
 mod status_cache;
 mod wait;
 
@@ -45,6 +46,7 @@ pub use null::NullNode;
 pub use probe::{ForeignFormat, PROBE_LEN, probe};
 pub use range_lock::{RangeGuard, RangeLock};
 pub use raw::RawNode;
+pub use sim::{SimChange, SimClock, SimFile, SimOp, SimParked};
 
 use bitflags::bitflags;
 use std::io;

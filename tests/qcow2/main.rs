@@ -1,0 +1,19 @@
+//! The proof of qcow2: power failures, races, foreign images, broken images. A binary of its own, because it runs for a
+//! minute or two.
+//!
+//! ```text
+//! power.rs  crash states and the guest's oracle      world.rs   a seeded schedule over simulated files
+//! image.rs  a second reader and checker              corpus.rs  images by qemu-img in every flavour
+//! crash.rs  the crash suite
+//! ```
+//! Every random test prints its seed when it fails, and takes it back by `CONBD_SEED`.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod corpus;
+mod crash;
+mod image;
+mod power;
+#[path = "../it/support.rs"]
+mod support;
+mod world;

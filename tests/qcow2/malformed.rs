@@ -1,0 +1,312 @@
+//! Broken images: every field, every kind of table entry, every table, changed to what it must not be. Opening, reading
+//! and writing them through us may fail, with an error that says where; it may not panic, hang, eat the memory, or
+//! change what it was not asked to change.
+
+use crate::corpus::{noise, qemu_img, qemu_io, text};
+use crate::image::{Layout, be32, be64};
+use std::fs;
+use std::path::Path;
+
+/// A change of a good image.
+pub(crate) struct Mutation {
+    pub(crate) name: String,
+    pub(crate) bytes: Vec<u8>,
+}
+
+const CLUSTER: u64 = 4096;
+pub(crate) const SIZE: u64 = 3 << 20;
+
+/// A good image with something of everything: data, zeroes, compressed clusters, a snapshot, a bitmap.
+pub(crate) fn good(dir: &Path, options: &str, extras: bool) -> Vec<u8> {
+    let path = dir.join("good.qcow2");
+    let size = SIZE.to_string();
+    let o = format!("cluster_size=4k{options}");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &o, text(&path), &size]);
+    if extras {
+        qemu_img(&["bitmap", "--add", text(&path), "b0"]);
+    }
+    let pattern = dir.join("pattern");
+    fs::write(&pattern, noise(64 << 10, 9)).unwrap();
+    qemu_io(
+        &path,
+        &[
+            format!("write -s {} 0 64k", text(&pattern)),
+            "write -P 7 1M 40k".to_owned(),
+            "write -z 1088k 64k".to_owned(),
+            format!("write -c -s {} 2M 64k", text(&pattern)),
+        ],
+    );
+    if extras {
+        qemu_img(&["snapshot", "-c", "s0", text(&path)]);
+        qemu_io(&path, &["write -P 8 8k 16k".to_owned(), "write -P 9 2560k 8k".to_owned()]);
+    }
+    fs::read(&path).unwrap()
+}
+
+/// Where things are in a good image.
+struct Places {
+    l: Layout,
+    l2: u64,
+    refblock: u64,
+    extension_area: u64,
+}
+
+fn places(d: &[u8]) -> Places {
+    let l = Layout::parse(d).unwrap();
+    let l2 = be64(d, l.l1_offset as usize) & 0x00ff_ffff_ffff_fe00;
+    let refblock = be64(d, l.reftable_offset as usize);
+    Places { l2, refblock, extension_area: u64::from(be32(d, 100)), l }
+}
+
+fn put(d: &[u8], at: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut d = d.to_vec();
+    let end = at as usize + bytes.len();
+    if d.len() < end {
+        d.resize(end, 0);
+    }
+    d[at as usize..end].copy_from_slice(bytes);
+    d
+}
+
+/// Header fields: name, offset, width.
+const FIELDS: &[(&str, u64, usize)] = &[
+    ("magic", 0, 4),
+    ("version", 4, 4),
+    ("backing_file_offset", 8, 8),
+    ("backing_file_size", 16, 4),
+    ("cluster_bits", 20, 4),
+    ("size", 24, 8),
+    ("crypt_method", 32, 4),
+    ("l1_size", 36, 4),
+    ("l1_table_offset", 40, 8),
+    ("refcount_table_offset", 48, 8),
+    ("refcount_table_clusters", 56, 4),
+    ("nb_snapshots", 60, 4),
+    ("snapshots_offset", 64, 8),
+    ("incompatible_features", 72, 8),
+    ("compatible_features", 80, 8),
+    ("autoclear_features", 88, 8),
+    ("refcount_order", 96, 4),
+    ("header_length", 100, 4),
+    ("compression_type", 104, 1),
+];
+
+/// All mutations of a good image.
+pub(crate) fn mutations(d: &[u8], extras: bool) -> Vec<Mutation> {
+    let mut out: Vec<Mutation> = Vec::new();
+    let mut add = |name: String, bytes: Vec<u8>| {
+        if bytes != d {
+            out.push(Mutation { name, bytes });
+        }
+    };
+    let p = places(d);
+    let end = (d.len() as u64).next_multiple_of(CLUSTER);
+    for &(name, at, width) in FIELDS {
+        let old = d[at as usize..at as usize + width].iter().fold(0u64, |v, &b| v << 8 | u64::from(b));
+        let max = if width == 8 { u64::MAX } else { (1 << (8 * width)) - 1 };
+        let mut values = vec![0, 1, old + 1, old.wrapping_sub(1) & max, max, max - 7, max / 2 + 1, max / 2, 1 << (4 * width)];
+        if width == 8 {
+            values.extend([end, end + CLUSTER, 1 << 40, p.l.l1_offset, p.l.reftable_offset, p.l2, p.refblock, 512, 104]);
+        }
+        values.sort_unstable();
+        values.dedup();
+        for v in values {
+            let bytes = &v.to_be_bytes()[8 - width..];
+            add(format!("header {name} = {v:#x}"), put(d, at, bytes));
+        }
+    }
+    for bit in 0..64 {
+        add(format!("incompatible bit {bit}"), put(d, 72, &(be64(d, 72) ^ 1 << bit).to_be_bytes()));
+    }
+    // Table entries that point where they must not.
+    let copied = 1u64 << 63;
+    let targets: Vec<(String, u64)> = [
+        ("nothing, COPIED", copied),
+        ("unaligned", p.l2 + 512),
+        ("unaligned, COPIED", copied | (p.l2 + 512)),
+        ("past the end", end),
+        ("past the end, COPIED", copied | end),
+        ("far past the end", copied | 1 << 50),
+        ("largest", copied | 0x00ff_ffff_ffff_f000),
+        ("the header's tail", copied | 512),
+        ("the L1 table", copied | p.l.l1_offset),
+        ("an L2 table", copied | p.l2),
+        ("the refcount table", copied | p.l.reftable_offset),
+        ("a refcount block", copied | p.refblock),
+        ("reserved low bits", copied | p.l2 | 0x1e),
+        ("reserved high bits", copied | p.l2 | 0x3f << 56),
+        ("all ones", u64::MAX),
+        ("compressed past the end", 1 << 62 | end),
+        ("compressed, longest", u64::MAX >> 2 | 1 << 62),
+        ("compressed in the header", 1 << 62 | 4),
+        ("compressed in the tables", 1 << 62 | p.l.l1_offset),
+    ]
+    .map(|(n, v)| (n.to_owned(), v))
+    .to_vec();
+    let l2_of = |guest: u64| p.l2 + guest / CLUSTER % 512 * 8;
+    let mut slots = vec![
+        ("L1[0]", p.l.l1_offset),
+        ("L1[1]", p.l.l1_offset + 8),
+        ("L2[0]", l2_of(0)),
+        ("L2[3]", l2_of(3 * CLUSTER)),
+        ("L2[unallocated]", l2_of(800 << 10)),
+        ("refcount table[0]", p.l.reftable_offset),
+        ("refcount table[1]", p.l.reftable_offset + 8),
+    ];
+    if extras {
+        let (directory, _, bitmaps) = p.l.bitmaps.as_ref().unwrap();
+        slots.extend([
+            ("snapshot L1 offset", p.l.snapshots_offset),
+            ("snapshot L1[0]", p.l.snapshots[0].l1_offset),
+            ("bitmap table offset", *directory),
+            ("bitmap table[0]", bitmaps[0].table_offset),
+        ]);
+    }
+    for (slot, at) in &slots {
+        for (name, value) in &targets {
+            add(format!("{slot} points to {name}"), put(d, *at, &value.to_be_bytes()));
+        }
+    }
+    // Tables as a whole.
+    let cluster = CLUSTER as usize;
+    add("all refcounts zero".into(), put(d, p.refblock, &vec![0; cluster]));
+    add("all refcounts at most".into(), put(d, p.refblock, &vec![0xff; cluster]));
+    add("all refcounts two".into(), put(d, p.refblock, &[0, 2].repeat(cluster / 2)));
+    add("no refcount block".into(), put(d, p.l.reftable_offset, &vec![0; cluster]));
+    add("L2 full of itself".into(), put(d, p.l2, &(copied | p.l2).to_be_bytes().repeat(512)));
+    add("L2 full of one cluster".into(), {
+        let e = be64(d, p.l2 as usize);
+        put(d, p.l2, &e.to_be_bytes().repeat(512))
+    });
+    add("L1 full of one L2".into(), {
+        let e = be64(d, p.l.l1_offset as usize);
+        put(d, p.l.l1_offset, &e.to_be_bytes().repeat(p.l.l1_size as usize))
+    });
+    add("L1 is the L2 table".into(), put(d, 40, &p.l2.to_be_bytes()));
+    add("refcount table is the L1 table".into(), put(d, 48, &p.l.l1_offset.to_be_bytes()));
+    for (name, salt) in [("L1", p.l.l1_offset), ("L2", p.l2), ("refcount block", p.refblock), ("refcount table", p.l.reftable_offset)]
+    {
+        for n in 0..3 {
+            add(format!("{name} is noise {n}"), put(d, salt, &noise(16 << 10, salt + n)[12 << 10..]));
+        }
+    }
+    // Compressed streams.
+    let first = p.l2 + 8 * 512;
+    let _ = first;
+    for guest in [2u64 << 20] {
+        let table = be64(d, (p.l.l1_offset + guest / CLUSTER / 512 * 8) as usize) & 0x00ff_ffff_ffff_fe00;
+        let at = table + guest / CLUSTER % 512 * 8;
+        // The third one holds data that compress.
+        for i in 0..16 {
+            let e = be64(d, (at + i * 8) as usize);
+            if e >> 62 & 1 == 0 {
+                continue;
+            }
+            let offset = e & ((1 << 58) - 1);
+            add(format!("compressed cluster {i} is noise"), put(d, offset, &noise(16 << 10, i)[12 << 10..][..256]));
+            add(format!("compressed cluster {i} is zeroes"), put(d, offset, &[0; 128]));
+            add(format!("compressed cluster {i} is cut"), put(d, at + i * 8, &(1u64 << 62 | (offset + 9)).to_be_bytes()));
+            break;
+        }
+    }
+    // Files cut short or grown.
+    for len in [0, 1, 4, 8, 71, 72, 103, 104, 112, 4095, 4096, 8192, d.len() / 2, d.len() - 4096, d.len() - 1] {
+        add(format!("cut to {len}"), d[..len.min(d.len())].to_vec());
+    }
+    // Extensions.
+    let area = p.extension_area;
+    for (name, kind, len) in [
+        ("backing format", 0xe279_2acau32, 4096u32),
+        ("backing format", 0xe279_2aca, u32::MAX),
+        ("feature names", 0x6803_f857, 47),
+        ("feature names", 0x6803_f857, u32::MAX - 7),
+        ("bitmaps", 0x2385_2875, 0),
+        ("bitmaps", 0x2385_2875, 23),
+        ("bitmaps", 0x2385_2875, 25),
+        ("encryption", 0x0537_be77, 16),
+        ("encryption", 0x0537_be77, 1),
+        ("data file", 0x4441_5441, 5000),
+        ("unknown", 0x1234_5678, 0x7fff_ffff),
+        ("unknown", 0x1234_5678, 3980),
+    ] {
+        let mut e = kind.to_be_bytes().to_vec();
+        e.extend(len.to_be_bytes());
+        add(format!("extension {name} of {len} bytes"), put(d, area, &e));
+    }
+    let twice = [&0x2385_2875u32.to_be_bytes()[..], &24u32.to_be_bytes(), &[0; 24]].concat();
+    add("two bitmap extensions".into(), put(d, area, &[twice.clone(), twice].concat()));
+    let filler = [&0x1111_1111u32.to_be_bytes()[..], &0u32.to_be_bytes()].concat();
+    add("extensions without end".into(), put(d, area, &filler.repeat((CLUSTER - area) as usize / 8)));
+    add("bitmap bit without extension".into(), {
+        let d = put(d, 95, &[1]);
+        put(&d, area, &[0; 8])
+    });
+    add("raw data file bit alone".into(), put(d, 95, &[2]));
+    add("data file bit without a name".into(), put(d, 79, &[4]));
+    add("extended L2 with small clusters".into(), put(d, 79, &[16]));
+    // Backing files.
+    let backing = |name: &str, at: u64| {
+        let d = put(d, at, name.as_bytes());
+        let d = put(&d, 8, &at.to_be_bytes());
+        put(&d, 16, &(name.len() as u32).to_be_bytes())
+    };
+    add("backed by itself".into(), backing("bad.qcow2", 3000));
+    add("backed by nothing".into(), backing("not-there.img", 3000));
+    add("backed by a directory".into(), backing("/", 3000));
+    add("backed by a device".into(), backing("/dev/zero", 3000));
+    add("backed by a bad json".into(), backing("json:{\"driver\":", 3000));
+    add("backed by a deep json".into(), backing(&("json:".to_owned() + &"[".repeat(900)), 3000));
+    add("backed by a bad protocol".into(), backing("gopher://example.invalid/x", 3000));
+    add("backed by no text".into(), put(&backing("aaaaaaaaaaaaaaa", 3000), 3000, &[0xff, 0xfe, 0, 1, 2]));
+    add("backing name over the cluster's end".into(), backing("abcdefghijklmnop", 4090));
+    if extras {
+        let s = p.l.snapshots_offset;
+        for (name, at, bytes) in [
+            ("L1 size", 8, &u32::MAX.to_be_bytes()[..]),
+            ("L1 size", 8, &0u32.to_be_bytes()),
+            ("id length", 12, &u16::MAX.to_be_bytes()),
+            ("name length", 14, &u16::MAX.to_be_bytes()),
+            ("extra size", 36, &u32::MAX.to_be_bytes()),
+            ("extra size", 36, &8u32.to_be_bytes()),
+            ("disk size", 48, &u64::MAX.to_be_bytes()),
+        ] {
+            add(format!("snapshot {name} = {bytes:?}"), put(d, s + at, bytes));
+        }
+        let (b, _, _) = p.l.bitmaps.as_ref().unwrap();
+        for (name, at, bytes) in [
+            ("table size", 8, &u32::MAX.to_be_bytes()[..]),
+            ("table size", 8, &0u32.to_be_bytes()),
+            ("flags", 12, &u32::MAX.to_be_bytes()),
+            ("flags", 12, &1u32.to_be_bytes()),
+            ("type", 16, &[0]),
+            ("granularity", 17, &[63]),
+            ("granularity", 17, &[64]),
+            ("granularity", 17, &[0]),
+            ("name size", 18, &u16::MAX.to_be_bytes()),
+            ("name size", 18, &0u16.to_be_bytes()),
+            ("extra size", 20, &u32::MAX.to_be_bytes()),
+        ] {
+            add(format!("bitmap {name} = {bytes:?}"), put(d, b + at, bytes));
+        }
+        let mut at = p.extension_area as usize;
+        while be32(d, at) != 0x2385_2875 {
+            at += 8 + (be32(d, at + 4) as usize).next_multiple_of(8);
+        }
+        for (name, off, bytes) in [
+            ("nb_bitmaps", 8, &0u32.to_be_bytes()[..]),
+            ("nb_bitmaps", 8, &2u32.to_be_bytes()),
+            ("nb_bitmaps", 8, &u32::MAX.to_be_bytes()),
+            ("reserved", 12, &1u32.to_be_bytes()),
+            ("directory size", 16, &0u64.to_be_bytes()),
+            ("directory size", 16, &8u64.to_be_bytes()),
+            ("directory size", 16, &u64::MAX.to_be_bytes()),
+            ("directory offset", 24, &0u64.to_be_bytes()),
+            ("directory offset", 24, &77u64.to_be_bytes()),
+            ("directory offset", 24, &end.to_be_bytes()),
+            ("directory offset", 24, &(u64::MAX - 4095).to_be_bytes()),
+        ] {
+            add(format!("bitmaps extension {name} = {bytes:?}"), put(d, (at + off) as u64, bytes));
+        }
+    }
+    out
+}
