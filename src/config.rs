@@ -302,7 +302,7 @@ pub struct LimitsConfig {
     pub bytes_per_connection: Size,
     /// Bytes of payload that all connections together may hold in memory, beyond that allowance.
     pub bytes_total: Size,
-    /// A client that takes nothing of its replies for this long, while others wait for memory, is dropped.
+    /// A client that holds memory and moves nothing of it for this long, while others wait for it, is dropped.
     pub stall_timeout: Duration,
 }
 

@@ -14,7 +14,7 @@
 //! resident once it has run, more if a job went deeper. A thread keeps at most [`LOCAL_IDLE`] idle stacks (see
 //! [`super::inc_pool_size`]); what exceeds that is given to `may`'s pool ([`MAY_POOL`] stacks for the process), then
 //! unmapped. The kernel's `vm.max_map_count` (65530 by default) bounds a process to some 32 000 stacks; entering
-//! a new coroutine beyond that panics in the enterer. Whoever makes coroutines for clients stays well below.
+//! a new coroutine beyond that panics in the enterer. So whoever makes coroutines for clients asks [`super::has_room`].
 //!
 //! A stack that runs into its guard page ends the process: `may` would abandon the frames without running a
 //! single drop, leaving locks held for ever. Our SIGSEGV handler, installed after its, says so and aborts.
@@ -25,7 +25,7 @@
 use may::sync::FastBlocker;
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
 /// Stack size in 8-byte words: 64 KiB (ours: an OpenSSL handshake needs 18 KiB, a panic with backtrace over 16).
 /// Even, because an odd number makes `may` track and print stack usage.
@@ -84,14 +84,17 @@ unsafe impl Send for WorkerPtr {}
 impl Stack {
     /// Takes an idle stack of this thread, or prepares a new one.
     pub(super) fn take() -> Stack {
-        local_pop().unwrap_or_else(|| Stack {
-            worker: Box::into_raw(Box::new(Worker {
-                blocker: UnsafeCell::new(None),
-                job: Cell::new(None),
-                parked: Cell::new(false),
-                ended: Cell::new(false),
-                top: Cell::new(0),
-            })),
+        local_pop().unwrap_or_else(|| {
+            STACKS.fetch_add(1, Ordering::Relaxed);
+            Stack {
+                worker: Box::into_raw(Box::new(Worker {
+                    blocker: UnsafeCell::new(None),
+                    job: Cell::new(None),
+                    parked: Cell::new(false),
+                    ended: Cell::new(false),
+                    top: Cell::new(0),
+                })),
+            }
         })
     }
 
@@ -178,6 +181,7 @@ impl Drop for Stack {
             // Its coroutine is parked and points to the worker: leak both.
             return;
         }
+        STACKS.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: from `Box::into_raw` in `take`, and this is its only owner; the coroutine never began or ended.
         drop(unsafe { Box::from_raw(self.worker) });
     }
@@ -235,6 +239,40 @@ fn fatal(what: &'static str) -> ! {
     tracing::error!(reason = what, "coroutine backend failure");
     eprintln!("conbd: {what}; aborting");
     std::process::abort();
+}
+
+// ---- how many there are --------------------------------------------------------------------------------------
+
+/// Stacks that exist: in use, idle or leaked. A counter on its own: nothing is ordered by it.
+static STACKS: AtomicUsize = AtomicUsize::new(0);
+
+/// The limit that [`limit_stacks`] has set; 0: that of the kernel.
+static STACKS_LIMIT: AtomicUsize = AtomicUsize::new(0);
+
+/// Mappings that are left for all else: buffers, libraries, the stacks of threads (QEMU's number).
+const OTHER_MAPS: usize = 5000;
+
+/// Stacks that exist now.
+pub(super) fn stacks() -> usize {
+    STACKS.load(Ordering::Relaxed)
+}
+
+/// Stacks that the process can have: each is two mappings.
+pub(super) fn stacks_max() -> usize {
+    static KERNEL: OnceLock<usize> = OnceLock::new();
+    match STACKS_LIMIT.load(Ordering::Relaxed) {
+        0 => *KERNEL.get_or_init(|| {
+            let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+            // The kernel's default where it does not say.
+            text.trim().parse().unwrap_or(65_530).max(2 * OTHER_MAPS).saturating_sub(OTHER_MAPS) / 2
+        }),
+        limit => limit,
+    }
+}
+
+/// Sets the limit instead of the kernel's.
+pub(super) fn limit_stacks(max: usize) {
+    STACKS_LIMIT.store(max, Ordering::Relaxed);
 }
 
 // ---- idle stacks ---------------------------------------------------------------------------------------------

@@ -50,6 +50,20 @@ pub fn dec_pool_size(n: usize) {
     backend::change_pool_size(|old| old.saturating_sub(n));
 }
 
+/// Tells whether a client may have another coroutine: whether an idle stack is at hand, or the process has fewer stacks
+/// than three quarters of what `vm.max_map_count` bears. The rest is for coroutines that end others' work. A soft bound:
+/// threads that ask at the same time may each be told yes. Any thread.
+#[must_use]
+pub fn has_room() -> bool {
+    backend::idle_stacks() > 0 || backend::stacks() < backend::stacks_max() / 4 * 3
+}
+
+/// Bounds stacks as a smaller `vm.max_map_count` would. For tests, in a process of their own.
+#[doc(hidden)]
+pub fn limit_stacks(max: usize) {
+    backend::limit_stacks(max);
+}
+
 /// Returns how many idle stacks the calling thread keeps now.
 #[must_use]
 pub fn idle_stacks() -> usize {

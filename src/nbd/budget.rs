@@ -10,7 +10,7 @@
 //! Each connection has a small allowance of its own ([`ALLOWANCE_BYTES`], [`ALLOWANCE_REQUESTS`]): what fits in it
 //! needs no word with the daemon, so busy connections share no cache line and small requests always get on. What
 //! waits for the daemon is served first come, first served, whatever its size: small ones don't overtake a large one.
-//! The server sees to it that a client which takes no replies does not hold the budget for ever
+//! The server sees to it that a client which takes no replies, or does not send its payload, holds no budget for ever
 //! (`ServerConfig::stall_timeout`).
 //!
 //! Threads: [`DaemonBudget`] is for all; a [`ConnBudget`] belongs to the coroutines of one connection, on its home

@@ -20,7 +20,7 @@ use super::wire::{
 };
 use crate::aio::{AioContext, BottomHalf};
 use crate::block::{self, BlockBackend, StatusFlags};
-use crate::co::Coroutine;
+use crate::co::{self, Coroutine};
 use crate::util::buf::IoBuf;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,8 +31,11 @@ use tracing::{debug, warn};
 const STATUS_FROM: u32 = 64 << 10;
 /// Extents that a read asks about before it just reads the rest (ours).
 const STATUS_MAX: usize = 64;
-/// Bytes per `sendmsg` at most (ours): progress is noticed at this grain.
+/// Bytes per `sendmsg` at most (ours).
 const SEND_STEP: usize = 1 << 20;
+/// What a client must move within the stall timeout, if it moves a whole batch or payload no sooner (ours): a byte now
+/// and then is no progress.
+const STALL_STEP: usize = 1 << 20;
 
 pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
@@ -66,6 +69,56 @@ pub(super) struct Outbox {
     pub(super) drained: bool,
 }
 
+/// Since when a client keeps memory of ours and moves nothing of it, in nanoseconds of the contexts' clock; 0: it does.
+/// Written by the connection's thread, read by whoever looks for stalled clients.
+#[derive(Debug, Default)]
+pub(super) struct StallClock {
+    /// It takes no replies.
+    sending: AtomicU64,
+    /// It does not send the payload that it has announced.
+    receiving: AtomicU64,
+}
+
+impl StallClock {
+    /// Tells whether one of the two has lasted for `limit_ns`.
+    pub(super) fn expired(&self, now_ns: u64, limit_ns: u64) -> bool {
+        [&self.sending, &self.receiving].iter().any(|side| {
+            let since = side.load(Ordering::Relaxed);
+            since != 0 && now_ns.saturating_sub(since) >= limit_ns
+        })
+    }
+}
+
+/// One transfer (a batch of replies, or a payload) as the stall clock sees it. Ends with it.
+pub(super) struct Transfer<'a> {
+    since: &'a AtomicU64,
+    moved: usize,
+}
+
+impl Transfer<'_> {
+    /// Bytes have been moved.
+    pub(super) fn moved(&mut self, n: usize) {
+        self.moved += n;
+        if self.moved >= STALL_STEP {
+            self.moved = 0;
+            self.since.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// The client has to be waited for.
+    pub(super) fn waits(&self, now_ns: u64) {
+        if self.since.load(Ordering::Relaxed) == 0 {
+            self.since.store(now_ns.max(1), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Transfer<'_> {
+    fn drop(&mut self) {
+        self.since.store(0, Ordering::Relaxed);
+    }
+}
+
 /// What the coroutines of one connection share.
 pub(super) struct Conn {
     pub(super) shared: Arc<Shared>,
@@ -84,8 +137,7 @@ pub(super) struct Conn {
     pub(super) flush_bh: OnceLock<BottomHalf>,
     /// Requests answered with an error.
     pub(super) errors: AtomicU64,
-    /// Since when the client has not taken a byte, in nanoseconds; 0: it does.
-    pub(super) stalled_since: Arc<AtomicU64>,
+    stall: Arc<StallClock>,
     pub(super) began_ns: u64,
 }
 
@@ -116,7 +168,7 @@ impl Conn {
             outbox: Mutex::default(),
             flush_bh: OnceLock::new(),
             errors: AtomicU64::new(0),
-            stalled_since: shared.stall_clock(id),
+            stall: shared.stall_clock(id),
             began_ns: ctx.now_ns(),
         });
         let weak = Arc::downgrade(&conn);
@@ -145,15 +197,17 @@ impl Conn {
 
     /// Sends a batch from byte `sent` on. False: the connection is dead. Yields.
     fn co_send(&self, batch: &Batch, mut sent: usize) -> bool {
+        let mut transfer = Transfer { since: &self.stall.sending, moved: 0 };
         loop {
             match self.try_send(batch, sent) {
                 Ok(Sent::All) => return true,
-                Ok(Sent::Some(n)) => sent += n,
+                Ok(Sent::Some(n)) => {
+                    sent += n;
+                    transfer.moved(n);
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.stalled_since.store(self.ctx.now_ns().max(1), Ordering::Relaxed);
-                    let ready = self.stream.co_wait_writable();
-                    self.stalled_since.store(0, Ordering::Relaxed);
-                    if let Err(error) = ready {
+                    transfer.waits(self.ctx.now_ns());
+                    if let Err(error) = self.stream.co_wait_writable() {
                         debug!(conn = self.id, %error, "gave up sending");
                         return false;
                     }
@@ -164,6 +218,11 @@ impl Conn {
                 }
             }
         }
+    }
+
+    /// The receiving of a payload begins.
+    pub(super) fn receiving(&self) -> Transfer<'_> {
+        Transfer { since: &self.stall.receiving, moved: 0 }
     }
 
     /// Sends a step of a batch from byte `sent` on, or what is left of it in the stream's own buffer.
@@ -309,13 +368,20 @@ impl Conn {
 
     // -------------------------------------------------------------------------------------- in request coroutines
 
-    /// Runs a request in a coroutine of its own; it has begun when this returns. `f` makes the reply.
+    /// Runs a request in a coroutine of its own; it has begun when this returns. `f` makes the reply. By the reader only,
+    /// which sends what is in the queue before it waits.
     pub(super) fn spawn(
         self: &Arc<Self>,
         h: RequestHeader,
         reservation: Reservation,
         f: impl FnOnce(&Arc<Conn>) -> Batch + Send + 'static,
     ) {
+        if !co::has_room() {
+            self.shared.warn_no_room(&self.peer);
+            let mut batch = Batch::new();
+            self.put_error(&mut batch, h.cookie, Errno::NBD_ENOMEM, "too many requests are being worked on");
+            return lock(&self.outbox).queue.append(&mut batch);
+        }
         lock(&self.outbox).in_flight += 1;
         let guard = RequestGuard { conn: Some(self.clone()) };
         let queued_ns = if tracing::enabled!(tracing::Level::DEBUG) { self.ctx.now_ns() } else { 0 };

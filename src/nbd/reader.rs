@@ -28,6 +28,8 @@ const INPLACE_READ: u32 = 32 << 10;
 const TURN_BYTES: u64 = 1 << 20;
 /// Requests answered inline in one turn of the loop (ours).
 const TURN_REQUESTS: u32 = 1024;
+/// How long a stop waits for the next bytes of a payload (ours): a client that means to send it does so at once.
+const STOP_PAYLOAD_NS: u64 = 1_000_000_000;
 /// Unsent replies beyond which the reader waits for the sender (ours).
 const QUEUE_MAX: usize = 256 << 10;
 
@@ -44,8 +46,10 @@ pub(super) enum End {
     Protocol(#[from] ProtocolError),
     #[error("write of {0} bytes is more than 64 MiB")]
     TooLong(u32),
-    #[error("cut by the server, or the client took no replies")]
+    #[error("cut by the server, or the client stalled")]
     Cut,
+    #[error("client did not finish a request while the server was stopping")]
+    Unfinished,
     #[error("connection failed: {0}")]
     Io(io::Error),
 }
@@ -170,7 +174,7 @@ impl Reader {
         let conn = self.conn.clone();
         self.rx.buf = None;
         match end {
-            End::Disc | End::Eof => {}
+            End::Disc | End::Eof | End::Unfinished => {}
             End::Truncated | End::Protocol(_) | End::TooLong(_) => {
                 conn.shared.warn_limited(|suppressed| {
                     warn!(
@@ -259,8 +263,21 @@ impl Reader {
                 Ok(())
             }
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => Err(End::Cut),
+            // Only payloads have deadlines, and only during a stop.
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(End::Unfinished),
             Err(e) => Err(End::Io(e)),
         }
+    }
+
+    /// Waits for more of a payload. A stop takes half a request for no request if the client leaves it at that. Yields.
+    fn co_wait_payload(&mut self) -> Result<(), End> {
+        let conn = self.conn.clone();
+        if conn.shared.is_stopping() {
+            conn.stream.set_read_deadline(Some(conn.ctx.now_ns().saturating_add(STOP_PAYLOAD_NS)));
+        }
+        let waited = self.co_wait_input();
+        conn.stream.set_read_deadline(None);
+        waited
     }
 
     /// Waits in `f`, having sent all replies: those that come meanwhile send themselves. Yields.
@@ -475,15 +492,21 @@ impl Reader {
         let mut have = self.rx.len();
         buf[..have].copy_from_slice(self.rx.bytes());
         self.rx.consume(have);
+        let conn = self.conn.clone();
+        let mut transfer = conn.receiving();
         while have < n {
             match self.conn.stream.try_read(&mut buf[have..]) {
                 Ok(0) => return Err(End::Truncated),
                 Ok(k) => {
                     have += k;
+                    transfer.moved(k);
                     self.turn_bytes += k as u64;
                     self.co_pace();
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.co_wait_input()?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    transfer.waits(conn.ctx.now_ns());
+                    self.co_wait_payload()?;
+                }
                 Err(e) => return Err(End::Io(e)),
             }
         }

@@ -13,6 +13,7 @@
 use super::access::{AllowList, TlsMode};
 use super::budget::DaemonBudget;
 use super::channel::HandshakeGate;
+use super::conn::StallClock;
 use super::export::{Export, ExportTable, Exports};
 use super::listen::{self, Listener};
 use super::session::{self, Accepted};
@@ -69,7 +70,8 @@ pub struct ServerConfig {
     pub total_bytes: u64,
     /// Requests in flight of the whole daemon, beyond a small allowance that every connection has.
     pub total_requests: u32,
-    /// While others wait for the daemon's budget, a client that takes no byte of its replies for this long is dropped.
+    /// While others wait for the daemon's budget, a client that holds part of it and for this long neither takes its
+    /// replies nor sends the payload that it has announced is dropped.
     pub stall_timeout: Duration,
     /// TLS; `None`: not offered.
     pub tls: Option<ServerTls>,
@@ -199,8 +201,7 @@ struct Entry {
     export: Option<Arc<Export>>,
     /// Nothing in flight since the shutdown began.
     drained: bool,
-    /// See `Conn::stalled_since`.
-    stalled_since: Arc<AtomicU64>,
+    stall: Arc<StallClock>,
 }
 
 #[derive(Default)]
@@ -286,7 +287,7 @@ impl Shared {
                 stream: stream.clone(),
                 export: None,
                 drained: false,
-                stalled_since: Arc::default(),
+                stall: Arc::default(),
             };
             registry.sessions.insert(id, entry);
             registry.half_open.insert(id);
@@ -315,9 +316,20 @@ impl Shared {
         }
     }
 
-    /// Where a session notes that its client takes no replies.
-    pub(super) fn stall_clock(&self, id: u64) -> Arc<AtomicU64> {
-        lock(&self.registry).sessions.get(&id).map(|e| e.stalled_since.clone()).unwrap_or_default()
+    /// Where a session notes that its client keeps memory and moves nothing.
+    pub(super) fn stall_clock(&self, id: u64) -> Arc<StallClock> {
+        lock(&self.registry).sessions.get(&id).map(|e| e.stall.clone()).unwrap_or_default()
+    }
+
+    /// Says that a client was refused for want of a coroutine.
+    pub(super) fn warn_no_room(&self, peer: &str) {
+        self.warn_limited(|suppressed| {
+            warn!(
+                peer,
+                suppressed,
+                "too many coroutines for vm.max_map_count: refused; raise that sysctl, or lower max_connections and requests_total"
+            );
+        });
     }
 
     /// A session has nothing in flight any more, during shutdown.
@@ -405,14 +417,11 @@ impl Shared {
         let stalled: Vec<(String, Arc<CoStream>)> = lock(&self.registry)
             .sessions
             .values()
-            .filter(|e| {
-                let since = e.stalled_since.load(Ordering::Relaxed);
-                since != 0 && now_ns.saturating_sub(since) >= limit_ns
-            })
+            .filter(|e| e.stall.expired(now_ns, limit_ns))
             .map(|e| (e.peer.clone(), e.stream.clone()))
             .collect();
         for (peer, stream) in stalled {
-            warn!(peer, "client takes no replies while others wait for memory: it is dropped");
+            warn!(peer, "client neither takes nor sends what it has memory for while others wait for that: it is dropped");
             stream.interrupt();
         }
     }

@@ -32,7 +32,7 @@ use super::handshake::{self, CloseReason, Handshake, Negotiated, Step};
 use super::reader::Reader;
 use super::server::Shared;
 use crate::aio::AioContext;
-use crate::co::{CoStream, Coroutine};
+use crate::co::{self, CoStream, Coroutine};
 use bytes::{Buf, BytesMut};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -50,6 +50,10 @@ pub(super) struct Accepted {
 
 /// Begins a session: on the home thread of `shared.threads[accepted.thread]`, in plain code.
 pub(super) fn start(shared: Arc<Shared>, accepted: Accepted) {
+    if !co::has_room() {
+        shared.warn_no_room(&accepted.peer);
+        return shared.session_ended(accepted.id, accepted.thread);
+    }
     Coroutine::new(move || co_session(&shared, accepted)).enter();
 }
 

@@ -136,7 +136,7 @@ fn sigint_is_as_good_as_sigterm_and_a_second_signal_ends_at_once() {
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("everything was finished and flushed"), "{log}");
 
-    // A client in the middle of a write keeps the first stop waiting: the payload never comes.
+    // A client in the middle of a write: the payload never comes. The first stop waits a moment for it.
     let (dir, disk) = image(1 << 20);
     let socket = dir.path().join("s");
     let serving = Serving::start(&[text(&disk), "--socket", text(&socket)], 1);

@@ -223,6 +223,15 @@ impl Raw {
         b
     }
 
+    /// Takes at most `max` bytes of what there is; 0 when the server has closed.
+    pub(crate) fn recv_some(&mut self, max: usize) -> usize {
+        match self.s.read(&mut vec![0; max]) {
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => 0,
+            Err(e) => panic!("the server sends or closes: {e}"),
+        }
+    }
+
     fn array<const N: usize>(&mut self) -> [u8; N] {
         self.recv(N).try_into().unwrap()
     }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 const SIZE: u64 = 1 << 20;
 const EIO: u32 = 5;
+const ENOMEM: u32 = 12;
 const ESHUTDOWN: u32 = 108;
 
 fn hold(ops: FaultOps) -> FaultRule {
@@ -228,6 +229,96 @@ fn the_daemons_budget_is_shared_and_the_stalled_are_dropped() {
     assert_eq!(c.read(0, 20 << 20).unwrap().len(), 20 << 20);
     t.wait_for("the stalled one is gone", |s| s.connections() == 1);
     c.disc();
+}
+
+/// A server whose budget one large request takes up, and that does not wait long for who holds it.
+fn tight_server() -> TestServer {
+    TestServer::with(vec![export_of("", Arc::new(NullNode::new("n", 1 << 40)))], 2, |c| {
+        c.total_bytes = 64 << 20;
+        c.conn_bytes = 64 << 20;
+        c.stall_timeout = Duration::from_millis(50);
+    })
+}
+
+#[test]
+fn a_payload_that_never_comes_holds_nobody_up() {
+    let t = tight_server();
+    // Memory for it is reserved before it is read, and then it does not come.
+    let mut silent = t.go("", false);
+    silent.send_req(NBD_CMD_WRITE, 0, 1, 0, 60 << 20);
+    silent.send(&[1; 1000]);
+    t.wait_for("the budget is taken", |s| s.budget_in_use().0 > 59 << 20);
+    let mut c = t.go("", false);
+    assert_eq!(c.read(0, 40 << 20).unwrap().len(), 40 << 20);
+    silent.expect_close();
+    c.disc();
+}
+
+#[test]
+fn a_trickle_is_no_progress() {
+    let t = tight_server();
+    let mut slow = t.go("", false);
+    slow.send_req(NBD_CMD_READ, 0, 1, 0, 60 << 20);
+    assert_eq!(slow.recv_reply(), Reply::Simple { error: 0, cookie: 1 });
+    let done = Arc::new(AtomicBool::new(false));
+    let seen = done.clone();
+    // Something now and then, before the stall timeout, and never enough to be done before everybody gives up.
+    let trickle = std::thread::spawn(move || {
+        while !seen.load(Ordering::Relaxed) && slow.recv_some(64 << 10) > 0 {
+            std::thread::sleep(Duration::from_millis(40));
+        }
+    });
+    let mut c = t.go("", false);
+    assert_eq!(c.read(0, 40 << 20).unwrap().len(), 40 << 20);
+    c.disc();
+    done.store(true, Ordering::Relaxed);
+    trickle.join().unwrap();
+}
+
+#[test]
+fn who_finds_no_coroutine_left_is_told_and_the_others_are_served() {
+    const NAME: &str = "nbd_robust::who_finds_no_coroutine_left_is_told_and_the_others_are_served";
+    if std::env::var_os("CONBD_TEST_CHILD").is_none() {
+        // The bound is the process's: in one of its own.
+        let out = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+            .env("CONBD_TEST_CHILD", "1")
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{out:?}");
+        return;
+    }
+    let (export, fault) = faulty("", SIZE);
+    let t = TestServer::with(vec![export, memory("plain", SIZE)], 1, |_| {});
+    let mut other = t.go("plain", false);
+    let mut c = t.go("", false);
+    // Idle stacks count as room: take them all, then as many as there may be.
+    conbd::co::limit_stacks(80);
+    let rule = fault.add_rule(hold(FaultOps::FLUSH));
+    let n = 100u64;
+    for cookie in 0..n {
+        c.send_req(NBD_CMD_FLUSH, 0, cookie, 0, 0);
+    }
+    // The refused ones are answered at once, the others are held.
+    let mut refused = 0;
+    while refused == 0 || refused + (fault.held().len() as u64) < n {
+        assert!(matches!(c.recv_reply(), Reply::Simple { error: ENOMEM, .. }));
+        refused += 1;
+    }
+    assert!(refused > 30, "{refused}");
+    // A new connection finds no room either, and is closed.
+    t.connect().expect_close();
+    // What needs no coroutine is served.
+    assert_eq!(other.read(0, 4).unwrap(), [0; 4]);
+    fault.remove_rule(rule);
+    fault.release_all();
+    for _ in refused..n {
+        assert!(matches!(c.recv_reply(), Reply::Simple { error: 0, .. }));
+    }
+    assert_eq!(c.call(NBD_CMD_FLUSH, 0, 0, 0), 0);
+    t.go("", false).disc();
+    c.disc();
+    other.disc();
 }
 
 #[test]
@@ -457,10 +548,15 @@ fn shutdown_reports_a_flush_that_failed() {
 }
 
 #[test]
-fn shutdown_does_not_wait_for_idle_clients_nor_for_half_a_header() {
+fn shutdown_does_not_wait_for_idle_clients_nor_for_half_a_request() {
     let t = TestServer::unix(vec![memory("", SIZE)]);
     let mut clients: Vec<Raw> = (0..20).map(|i| t.go("", i % 2 == 0)).collect();
     clients[0].send(&NBD_REQUEST_MAGIC.to_be_bytes());
+    // A payload that is under way when the stop begins, and one that is refused and to be skipped.
+    for (i, command) in [(1, NBD_CMD_WRITE), (2, NBD_CMD_WRITE)] {
+        clients[i].send_req(command, 0, 1, if i == 1 { 0 } else { SIZE }, 4096);
+        clients[i].send(&[1; 100]);
+    }
     let report = t.shutdown(PATIENCE);
     assert_eq!(report.aborted, 0);
     clients.iter_mut().for_each(Raw::expect_close);
