@@ -10,8 +10,8 @@
 //! 5. listeners are bound, connections accepted; the URIs go to stdout.
 //!
 //! Then the main thread polls its context: it accepts, and hears signals as an ordinary fd handler. It works as
-//! PID 1 of a container: every signal that it cares about is handled explicitly, and as it starts no process, the only
-//! children it could inherit are those that somebody else runs in its PID namespace (use an init if you do that).
+//! PID 1 of a container: every signal that it cares about is handled explicitly, and orphans that become its children are
+//! reaped by the kernel.
 //!
 //! Stop order: no more accepting; requests in flight are finished and answered, images flushed, connections
 //! closed (all within `shutdown_timeout`); counters are logged; IOThreads end; images are closed and their
@@ -136,6 +136,10 @@ pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
     let signal_fd = sys::signal_fd(&signals).map_err(system("set up signals"))?;
     for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
         sys::ignore_signal(signal).map_err(system("set up signals"))?;
+    }
+    if std::process::id() == 1 {
+        // Orphans of a container become our children; with SIGCHLD ignored the kernel reaps them.
+        sys::ignore_signal(libc::SIGCHLD).map_err(system("set up signals"))?;
     }
     let files = sys::raise_nofile_limit();
     let level = match telemetry::env_filter() {

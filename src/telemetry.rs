@@ -32,7 +32,9 @@ pub fn env_filter() -> Option<String> {
 /// # Errors
 /// A bad filter, or a thread that cannot be started.
 pub fn init(filter: &str, json: bool) -> Result<LogGuard, String> {
-    let filter = EnvFilter::builder().parse(filter).map_err(|e| format!("log filter \"{filter}\": {e}"))?;
+    let filter = EnvFilter::builder()
+        .parse(with_libraries(filter))
+        .map_err(|e| format!("log filter \"{filter}\": {e}"))?;
     let (sink, guard) = start_writer().map_err(|e| format!("cannot start the log thread: {e}"))?;
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(sink);
@@ -43,6 +45,13 @@ pub fn init(filter: &str, json: bool) -> Result<LogGuard, String> {
     };
     outcome.map_err(|e| format!("logging is set up already: {e}"))?;
     Ok(guard)
+}
+
+/// The filter, with what the coroutine library says of its own set-up left out unless the filter names the library: it is
+/// no news to anybody who runs a server. Its warnings and errors are kept.
+fn with_libraries(filter: &str) -> String {
+    let silent = |level: &str| ["off", "error"].contains(&level.trim().to_ascii_lowercase().as_str());
+    if filter.split(',').any(silent) { filter.to_owned() } else { format!("may=warn,{filter}") }
 }
 
 /// Keeps the log thread; dropping it writes what is queued (for at most two seconds).

@@ -421,7 +421,10 @@ impl Shared {
             .map(|e| (e.peer.clone(), e.stream.clone()))
             .collect();
         for (peer, stream) in stalled {
-            warn!(peer, "client neither takes nor sends what it has memory for while others wait for that: it is dropped");
+            warn!(
+                peer,
+                "client neither takes nor sends what it has memory for while others wait for that: it is dropped"
+            );
             stream.interrupt();
         }
     }

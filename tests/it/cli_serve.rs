@@ -299,3 +299,20 @@ fn help_and_version_go_to_stdout() {
     assert!(ended.stdout.contains("SIGUSR1") && ended.stdout.contains("Examples:"), "{}", ended.stdout);
     assert_eq!(conbd(&[]).code, Some(2));
 }
+
+#[test]
+fn the_log_tells_of_the_server_and_not_of_its_libraries() {
+    let (_dir, disk) = image(1 << 20);
+    for (level, wanted) in [("info", true), ("debug", true), ("off", false)] {
+        let args = [text(&disk), "--listen", "127.0.0.1:0", "--log-format", "json", "--log-level", level];
+        let (code, log) = Serving::start(&args, 1).stop();
+        assert_eq!(code, Some(0), "{log}");
+        assert_eq!(log.contains("everything was finished and flushed"), wanted, "{level}: {log}");
+        for line in log.lines() {
+            let event: serde_json::Value =
+                serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+            let target = event["target"].as_str().unwrap();
+            assert!(target.starts_with("conbd"), "{level}: {line}");
+        }
+    }
+}
