@@ -2,7 +2,7 @@
 # `make test-kernel`: a real Linux kernel and QEMU as clients of the release binary.
 #
 # Boots Debian's cloud kernel in an emulated machine (no KVM needed, a minute or two). Inside, nbd-client attaches
-# /dev/nbd0 over three connections; the guest makes an ext4, writes, reads back past its cache, trims, checks the
+# /dev/nbd0 over four connections; the guest makes an ext4, writes, reads back past its cache, trims, checks the
 # file system, and reads the same disk through QEMU's own NBD client (a virtio disk). Not part of `make test`: it
 # downloads a kernel and an emulator with apt, and needs root for that.
 set -euo pipefail
@@ -64,7 +64,7 @@ for round in 1 2 3; do
 done
 ifconfig lo up && ifconfig eth0 10.0.2.15 up || fail network
 echo "guest kernel $(uname -r)"
-nbd-client 10.0.2.2 PORT /dev/nbd0 -N disk -C 3 || fail nbd-client
+nbd-client 10.0.2.2 PORT /dev/nbd0 -N disk -C 4 || fail nbd-client
 [ "$(cat /sys/block/nbd0/size)" = 524288 ] || fail "size $(cat /sys/block/nbd0/size)"
 /sbin/mke2fs -q -t ext4 -F /dev/nbd0 || fail mke2fs
 mount -t ext4 /dev/nbd0 /mnt || fail mount

@@ -230,9 +230,15 @@ impl Reader {
         }
     }
 
+    /// A client that was cut, and sends on so fast that nobody ever waits for it, must notice all the same.
+    fn check_cut(&self) -> Result<(), End> {
+        if self.conn.stream.stream().is_interrupted() { Err(End::Cut) } else { Ok(()) }
+    }
+
     /// Receives more. Sends first if it has to wait. Yields.
     fn co_fill(&mut self) -> Result<(), End> {
         loop {
+            self.check_cut()?;
             let room = self.rx.room();
             match self.conn.stream.try_read(room) {
                 Ok(0) => return Err(End::Eof),
@@ -495,6 +501,7 @@ impl Reader {
         let conn = self.conn.clone();
         let mut transfer = conn.receiving();
         while have < n {
+            self.check_cut()?;
             match self.conn.stream.try_read(&mut buf[have..]) {
                 Ok(0) => return Err(End::Truncated),
                 Ok(k) => {

@@ -466,6 +466,8 @@ struct Acceptor {
     retry: OnceLock<Timer>,
 }
 
+/// Connections accepted in one turn of the loop (ours).
+const ACCEPTS_PER_TURN: u32 = 256;
 /// How long to wait for a free descriptor (ours).
 const ACCEPT_RETRY_NS: u64 = 100_000_000;
 
@@ -491,12 +493,14 @@ impl Acceptor {
         Ok(acceptor)
     }
 
-    /// Accepts until there is none left: the poller is edge-triggered.
+    /// Accepts until there is none left: the poller is edge-triggered. After many it goes on in the next turn, so that a
+    /// storm of clients does not keep signals waiting.
     fn accept_all(&self, main: &AioContext) {
         if lock(&self.handler).is_none() {
             return;
         }
-        loop {
+        let retry = self.retry.get().expect("set at start");
+        for _ in 0..ACCEPTS_PER_TURN {
             match self.listener.accept() {
                 Ok(Some(socket)) => self.shared.accepted(socket),
                 Ok(None) => return,
@@ -505,11 +509,11 @@ impl Acceptor {
                         let listener = self.listener.to_string();
                         error!(error = %e, listener, suppressed, "cannot accept: trying again in a moment");
                     });
-                    let retry = self.retry.get().expect("set at start");
                     return retry.mod_ns(main.now_ns() + ACCEPT_RETRY_NS);
                 }
             }
         }
+        retry.mod_ns(main.now_ns());
     }
 
     /// Stops accepting and closes the queue of the kernel. Main context.

@@ -32,7 +32,7 @@ use super::handshake::{self, CloseReason, Handshake, Negotiated, Step};
 use super::reader::Reader;
 use super::server::Shared;
 use crate::aio::AioContext;
-use crate::co::{self, CoStream, Coroutine};
+use crate::co::{self, CoStream, Coroutine, co_yield};
 use bytes::{Buf, BytesMut};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -189,6 +189,9 @@ enum HandshakeEnd {
     Io(io::Error),
 }
 
+/// Steps of a negotiation in one turn of the loop (ours); then other connections have theirs.
+const NEGOTIATION_TURN: u32 = 64;
+
 /// Replies of one step are sent when this many bytes are ready, or when input is missing (ours).
 const NEGOTIATION_FLUSH: usize = 64 << 10;
 
@@ -230,7 +233,12 @@ impl Negotiation<'_> {
         let mut hs = Handshake::with(shared.tls_mode(), client);
         let mut input = BytesMut::new();
         let mut out = Vec::new();
+        let mut steps = 0u32;
         loop {
+            steps += 1;
+            if steps.is_multiple_of(NEGOTIATION_TURN) {
+                co_pace(channel, deadline).map_err(HandshakeEnd::Io)?;
+            }
             let mut consumed = 0;
             let table = shared.exports.snapshot();
             let step = hs.advance(&input, &mut consumed, &table, shared.is_stopping(), &mut out);
@@ -315,6 +323,21 @@ impl Negotiation<'_> {
             _ => Ok(proved),
         }
     }
+}
+
+/// Lets other connections have their turn, and looks at what only waits look at otherwise: a client that never lets us wait
+/// must keep neither the thread nor its place. Yields.
+fn co_pace(channel: &Channel, deadline: u64) -> io::Result<()> {
+    let ctx = AioContext::current().expect("sessions run on IOThreads");
+    Coroutine::current().expect("sessions are coroutines").schedule(&ctx);
+    co_yield();
+    if channel.stream().is_interrupted() {
+        return Err(io::ErrorKind::ConnectionAborted.into());
+    }
+    if ctx.now_ns() >= deadline {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(())
 }
 
 /// Appends what the client has sent. Grows by what arrives, not by what the client announces.

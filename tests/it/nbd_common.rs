@@ -217,6 +217,15 @@ impl Raw {
         let _ = self.s.write_all(bytes); // the server may have hung up
     }
 
+    /// Sends unless the server has hung up; tells whether it went out. Bounded by the patience of the socket.
+    pub(crate) fn try_send(&mut self, bytes: &[u8]) -> bool {
+        match self.s.write_all(bytes) {
+            Ok(()) => true,
+            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => false,
+            Err(e) => panic!("the server takes what it is sent, or hangs up: {e}"),
+        }
+    }
+
     pub(crate) fn recv(&mut self, n: usize) -> Vec<u8> {
         let mut b = vec![0; n];
         self.s.read_exact(&mut b).expect("the server answers");

@@ -10,7 +10,7 @@ use conbd::nbd::proto::*;
 use conbd::nbd::server::{ListenAddr, ServerConfig};
 use conbd::nbd::wire::*;
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, IoSlice, IoSliceMut};
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -273,6 +273,54 @@ fn a_trickle_is_no_progress() {
     c.disc();
     done.store(true, Ordering::Relaxed);
     trickle.join().unwrap();
+}
+
+#[test]
+fn a_client_that_was_cut_is_not_served_on() {
+    let t = tight_server();
+    let mut slow = t.go("", false);
+    slow.send_req(NBD_CMD_READ, 0, 1, 0, 60 << 20);
+    t.wait_for("the budget is taken", |s| s.budget_in_use().0 > 59 << 20);
+    let mut c = t.go("", false);
+    assert_eq!(c.read(0, 40 << 20).unwrap().len(), 40 << 20);
+    // It is cut by now. What it sends, never pausing, is no reason to keep it.
+    let h = RequestHeader { flags: CmdFlags::empty(), cmd: NBD_CMD_CACHE, cookie: 0, offset: 0, len: 1 };
+    let many: Vec<u8> = h.encode().repeat(4096);
+    let begun = std::time::Instant::now();
+    while slow.try_send(&many) {
+        assert!(begun.elapsed() < PATIENCE, "it is served on and on");
+    }
+    c.disc();
+}
+
+#[test]
+fn a_client_that_never_stops_haggling_keeps_neither_its_place_nor_its_thread() {
+    let t = TestServer::with(vec![memory("", SIZE)], 1, |c| c.handshake_timeout = Duration::from_millis(500));
+    let mut c = t.go("", false);
+    let flood = {
+        let (mut sending, receiving) =
+            UnixStream::connect(t.socket()).map(|s| (s.try_clone().unwrap(), s)).unwrap();
+        sending.write_all(&3u32.to_be_bytes()).unwrap();
+        let mut many = Vec::new();
+        for _ in 0..4096 {
+            put_option(&mut many, 0x7777, b"");
+        }
+        let taking = std::thread::spawn(move || std::io::copy(&mut &receiving, &mut std::io::sink()));
+        std::thread::spawn(move || {
+            let begun = std::time::Instant::now();
+            while sending.write_all(&many).is_ok() {
+                assert!(begun.elapsed() < PATIENCE, "it haggles on and on");
+            }
+            // Ends with the connection, in whatever way.
+            let _closed = taking.join().unwrap();
+        })
+    };
+    // The one thread has time for others meanwhile.
+    for _ in 0..20 {
+        assert_eq!(c.read(0, 512).unwrap(), [0; 512]);
+    }
+    flood.join().unwrap();
+    c.disc();
 }
 
 #[test]
