@@ -249,10 +249,14 @@ impl ConnBudget {
     }
 
     /// Reserves one request of `bytes`; waits until there is room in the connection's limit and in the daemon's budget.
-    /// Send what is ready before: what waits unsent is not given back. Yields. Coroutine only; one at a time.
-    pub fn co_reserve(self: &Arc<Self>, bytes: u64) -> Reservation {
+    /// Send what is ready before: what waits unsent is not given back. `None` when `cut` says so: a connection that is
+    /// being cut does not queue for what others wait for. Yields. Coroutine only; one at a time.
+    pub fn co_reserve(self: &Arc<Self>, bytes: u64, cut: impl Fn() -> bool) -> Option<Reservation> {
         let amount = Amount { bytes, requests: 1 };
         let missing = loop {
+            if cut() {
+                return None;
+            }
             {
                 let mut ledger = lock(&self.ledger);
                 if ledger.fits(amount, self.limit) {
@@ -274,7 +278,7 @@ impl ConnBudget {
             };
             self.return_to_daemon(excess);
         }
-        Reservation { conn: self.clone(), amount }
+        Some(Reservation { conn: self.clone(), amount })
     }
 
     /// Bytes and requests in flight.
@@ -395,7 +399,7 @@ mod tests {
         for (i, bytes) in [(1usize, 9 * MIB), (2, MIB)] {
             let (conn, order) = (conns[i].clone(), order.clone());
             Coroutine::new(move || {
-                let got = conn.co_reserve(bytes);
+                let got = conn.co_reserve(bytes, || false);
                 lock(&order).push(i);
                 drop(got);
             })
@@ -414,6 +418,26 @@ mod tests {
     }
 
     #[test]
+    fn who_is_cut_while_it_waits_for_its_own_limit_takes_nothing_from_the_daemon() {
+        let ctx = AioContext::new(AioConfig::default()).unwrap();
+        let daemon = DaemonBudget::new(100 * MIB, 1000, || {});
+        let conn = ConnBudget::new(2 * MIB, 100, daemon.clone());
+        let held = conn.try_reserve(2 * MIB).unwrap();
+        let (cut, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (c, is_cut, told) = (conn.clone(), cut.clone(), refused.clone());
+        Coroutine::new(move || {
+            let got = c.co_reserve(2 * MIB, || is_cut.load(Ordering::Relaxed));
+            told.store(got.is_none(), Ordering::Relaxed);
+        })
+        .enter();
+        cut.store(true, Ordering::Relaxed);
+        drop(held);
+        pump(&ctx);
+        assert!(refused.load(Ordering::Relaxed));
+        assert_eq!((conn.used(), daemon.borrowed()), ((0, 0), (0, 0)));
+    }
+
+    #[test]
     fn a_reader_waits_for_its_own_limit() {
         let ctx = AioContext::new(AioConfig::default()).unwrap();
         let daemon = DaemonBudget::new(100 * MIB, 1000, || {});
@@ -422,7 +446,7 @@ mod tests {
         let got = Arc::new(AtomicBool::new(false));
         let (c, g) = (conn.clone(), got.clone());
         Coroutine::new(move || {
-            let r = c.co_reserve(2 * MIB);
+            let r = c.co_reserve(2 * MIB, || false);
             g.store(true, Ordering::Relaxed);
             drop(r);
         })

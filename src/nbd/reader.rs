@@ -297,12 +297,13 @@ impl Reader {
     }
 
     /// Takes part of the budget; sends first if that has to wait. Yields.
-    fn co_reserve(&mut self, bytes: u64) -> Reservation {
+    fn co_reserve(&mut self, bytes: u64) -> Result<Reservation, End> {
         match self.conn.budget.try_reserve(bytes) {
-            Some(reservation) => reservation,
+            Some(reservation) => Ok(reservation),
             None => {
                 self.co_flush();
-                self.co_parked(|conn| conn.budget.co_reserve(bytes))
+                let cut = |conn: &Conn| conn.stream.stream().is_interrupted();
+                self.co_parked(|conn| conn.budget.co_reserve(bytes, || cut(conn))).ok_or(End::Cut)
             }
         }
     }
@@ -354,22 +355,22 @@ impl Reader {
                 self.co_answered(payload.into());
             }
             Ok(Command::Disc) => unreachable!("handled above"),
-            Ok(Command::Read { offset, len, df }) => self.co_read_request(h, offset, len, df),
+            Ok(Command::Read { offset, len, df }) => self.co_read_request(h, offset, len, df)?,
             Ok(Command::Write { offset, len, flags }) => self.co_write_request(h, offset, len, flags)?,
             Ok(Command::Flush) => {
-                self.co_spawn(h, move |conn| conn.backend().co_flush());
+                self.co_spawn(h, move |conn| conn.backend().co_flush())?;
             }
             Ok(Command::Trim { offset, len, fua }) => {
-                self.co_spawn(h, move |conn| conn.co_trim(offset, len, fua));
+                self.co_spawn(h, move |conn| conn.co_trim(offset, len, fua))?;
             }
             Ok(Command::Cache { offset, len }) => {
-                self.co_spawn(h, move |conn| conn.backend().co_cache(offset, len.into()));
+                self.co_spawn(h, move |conn| conn.backend().co_cache(offset, len.into()))?;
             }
             Ok(Command::WriteZeroes { offset, len, flags }) => {
-                self.co_spawn(h, move |conn| conn.backend().co_pwrite_zeroes(offset, len.into(), flags));
+                self.co_spawn(h, move |conn| conn.backend().co_pwrite_zeroes(offset, len.into(), flags))?;
             }
             Ok(Command::BlockStatus { req_one, .. }) => {
-                let reservation = self.co_reserve(0);
+                let reservation = self.co_reserve(0)?;
                 conn.spawn(h, reservation, move |conn| conn.co_block_status(&h, req_one));
             }
         }
@@ -381,33 +382,35 @@ impl Reader {
         &mut self,
         h: RequestHeader,
         f: impl FnOnce(&Arc<Conn>) -> block::Result<()> + Send + 'static,
-    ) {
-        let reservation = self.co_reserve(0);
+    ) -> Result<(), End> {
+        let reservation = self.co_reserve(0)?;
         self.conn.spawn(h, reservation, move |conn| {
             let result = f(conn);
             let mut batch = Batch::new();
             conn.put_result(&mut batch, &h, &result);
             batch
         });
+        Ok(())
     }
 
-    fn co_read_request(&mut self, h: RequestHeader, offset: u64, len: u32, df: bool) {
+    fn co_read_request(&mut self, h: RequestHeader, offset: u64, len: u32, df: bool) -> Result<(), End> {
         let conn = self.conn.clone();
         self.totals.bytes_read += u64::from(len);
         if len > 0 && len <= INPLACE_READ && self.try_read_in_place(h.cookie, offset, len, df) {
             conn.counters.bytes_read.add(len.into());
             self.co_answered(len.into());
-            return;
+            return Ok(());
         }
-        let reservation = self.co_reserve(len.into());
+        let reservation = self.co_reserve(len.into())?;
         let mut buf = IoBuf::new(len as usize);
         if len == 0 || (len > INPLACE_READ && conn.backend().try_pread(offset, &mut buf)) {
             conn.put_read(&mut self.batch, h.cookie, offset, df, buf);
             self.batch.hold(reservation);
             self.co_answered(len.into());
-            return;
+            return Ok(());
         }
         conn.spawn(h, reservation, move |conn| conn.co_read(&h, df, buf));
+        Ok(())
     }
 
     /// Builds the reply to a small read in the batch, if the data is at hand.
@@ -455,17 +458,17 @@ impl Reader {
         let buf;
         let reservation;
         if self.rx.len() >= n {
-            reservation = self.co_reserve(len.into());
+            reservation = self.co_reserve(len.into())?;
             buf = IoBuf::from(&self.rx.bytes()[..n]);
             self.rx.consume(n);
         } else {
             // While the payload arrives the request counts as in flight: a shutdown waits for it.
             lock(&conn.outbox).in_flight += 1;
-            reservation = self.co_reserve(len.into());
-            let received = self.co_payload(n);
+            let received =
+                self.co_reserve(len.into()).and_then(|reserved| Ok((reserved, self.co_payload(n)?)));
             lock(&conn.outbox).in_flight -= 1;
             // Nothing of it is written if the client is gone in the middle.
-            buf = received?;
+            (reservation, buf) = received?;
             if at_once && let Some(result) = conn.backend().try_pwrite(offset, &buf) {
                 self.wrote(&h, &result);
                 self.batch.hold(reservation);
