@@ -27,6 +27,7 @@ mod lock_bytes;
 mod memory;
 mod null;
 mod probe;
+pub mod qcow2;
 mod quick_writes;
 mod range_lock;
 mod raw;

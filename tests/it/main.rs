@@ -31,5 +31,6 @@ mod nbd_contexts;
 mod nbd_handshake;
 mod nbd_robust;
 mod nbd_transmission;
+mod qcow2_node;
 mod support;
 mod tidy;

@@ -1,0 +1,60 @@
+//! The qcow2 image format: reading and writing images on many threads.
+//!
+//! ```text
+//!   node.rs      open, close, first change, faults      read.rs, write.rs, zero.rs, grow.rs   requests
+//!   l2.rs        the mapping in memory, lock-free       epoch.rs   who may still use what was unlinked
+//!   claims.rs    who may change which guest clusters    alloc.rs, refcounts.rs   host clusters, quarantine
+//!   commit.rs    what becomes durable in which order    compressed.rs, inflate.rs   compressed clusters
+//!   entry.rs, fields.rs, error.rs   what the bytes mean (pure)
+//! ```
+//! What holds at every moment, on the disk as after a power loss:
+//! - I1: a durable pointer has a durable refcount of at least 1 and durable content behind it;
+//! - I2: a cluster whose refcount is 0, or that is used again, has no durable pointer;
+//! - I3: after an acknowledged flush all earlier completed writes are reachable from the header;
+//! - I4: the header names complete tables.
+//!
+//! Leaks are allowed, nothing else. Source of the format: QEMU docs/interop/qcow2 ("the document").
+
+mod alloc;
+mod claims;
+mod commit;
+mod compressed;
+pub mod entry;
+mod epoch;
+mod error;
+mod fields;
+mod grow;
+mod inflate;
+mod io;
+mod l2;
+mod node;
+mod options;
+mod read;
+mod refcounts;
+mod write;
+mod zero;
+
+pub use error::FormatError;
+pub use fields::SnapshotSel;
+pub use node::Qcow2Node;
+pub use options::{Qcow2Error, Qcow2OpenOptions, WriteHook};
+
+/// Byte offset in the virtual disk, as the client sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct GuestOffset(pub u64);
+
+/// Byte offset in the image file, or in the external data file where that is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct HostOffset(pub u64);
+
+impl std::fmt::Display for GuestOffset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl std::fmt::Display for HostOffset {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
