@@ -503,7 +503,7 @@ mod tests {
         assert_eq!(G.compressed_entry(HostOffset(0x50123), u64::from(len) + 1), Some(raw + (1 << 54)));
         assert_eq!(G.compressed_entry(HostOffset(1 << 54), 1), None);
         assert_eq!(G.compressed_entry(HostOffset(0x50000), 0), None);
-        assert_eq!(G.compressed_entry(HostOffset(0x50000), 65536 * 2), None);
+        assert_eq!(G.compressed_entry(HostOffset(0x50000), 65536 * 2 + 1), None);
         assert!(G.l2_entry(COMPRESSED | 0x100).is_err(), "inside of the header");
         let small = Geometry { cluster_bits: 9, ..G };
         assert!(small.l2_entry(COMPRESSED | 1 << 57).is_err(), "bits beyond 55 must be zero");
