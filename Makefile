@@ -46,10 +46,10 @@ man: build-deps ## Regenerate man/ from the command line's definitions and confi
 test-kernel: build ## A real Linux kernel and QEMU as clients, in an emulated machine (downloads a kernel)
 	@scripts/kernel-test.sh
 
-bench: build ## Compare with qemu-nbd and nbdkit (those installed), side by side
+bench: build ## Compare with the other NBD servers installed, side by side; QUICK=1 for two minutes (docs/performance.md)
 	@scripts/bench.py
 
-bench-micro: build-deps ## The criterion benches (coroutine switch, locks, loop, wire, serving in-process)
+bench-micro: build-deps ## The criterion benches: co_switch, co_mutex, event_loop, wire, serve (serving in-process)
 	$(CARGO) bench --locked
 
 docker: ## Build the container image $(IMAGE) with docker, podman or buildah

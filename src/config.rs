@@ -279,7 +279,7 @@ impl Default for ServerConfig {
             iothreads: 0,
             aio: Aio::Auto,
             pool_threads: 16,
-            poll_max: Duration::ZERO,
+            poll_max: Duration::from_micros(100),
             shutdown_timeout: Duration::from_secs(10),
         }
     }

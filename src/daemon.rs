@@ -26,6 +26,7 @@ use crate::nbd::export::{Export, ExportError, ExportOptions, ExportTable};
 use crate::nbd::proto::{NBD_CMD_READ, NBD_CMD_WRITE};
 use crate::nbd::server::{ListenAddr, NbdStats, Server, ServerConfig, ServerError};
 use crate::telemetry::{self, LogGuard};
+use crate::util::fast::FastPaths;
 use crate::util::sys;
 use std::io::{self, Write as _};
 use std::net::ToSocketAddrs;
@@ -33,7 +34,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// Exit code when a second signal, or a thread stuck beyond the deadline, ends the process at once.
 pub const EXIT_AT_ONCE: i32 = 4;
@@ -63,6 +64,9 @@ pub enum DaemonError {
     /// Logging.
     #[error("{0}")]
     Log(String),
+    /// The environment asks for a fast path that there is not.
+    #[error("{0}")]
+    Fast(String),
     /// An image.
     #[error("export \"{export}\": {source}")]
     Image {
@@ -167,6 +171,8 @@ pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
     for note in &config.notes {
         warn!(note, "configuration");
     }
+    let fast = FastPaths::from_env().map_err(DaemonError::Fast)?;
+    debug!(?fast, "fast paths");
     let daemon = Daemon::start(config, &log)?;
     daemon.run(signal_fd, &log)
 }

@@ -19,10 +19,11 @@ use super::engine::{self, Completion, Engine, EngineChoice, EngineKind, Op};
 use super::handler::{HandlerFn, HandlerTable};
 use super::home::HomeCell;
 use super::notifier::Notifier;
-use super::polling::PollWindow;
+use super::polling::{Gate, PollWindow};
 use super::timer::{self, TimerInner, TimerList};
 use super::{BottomHalf, Clock, HandlerId, Interest, PollConfig, Readiness, Runnable, Timer};
 use crate::util::counters::Counter;
+use crate::util::sys::RunQueue;
 use mio::unix::SourceFd;
 use mio::{Events, Poll, Token, Waker};
 use std::cell::RefCell;
@@ -132,6 +133,9 @@ struct Home {
     local_next: VecDeque<Local>,
     local_now: VecDeque<Local>,
     window: PollWindow,
+    gate: Gate,
+    /// None: not there, or not asked for because polling is off.
+    run_queue: Option<RunQueue>,
 }
 
 impl Home {
@@ -253,6 +257,8 @@ impl AioContext {
                 local_next: VecDeque::new(),
                 local_now: VecDeque::new(),
                 window: PollWindow::new(config.poll),
+                gate: Gate::new(),
+                run_queue: if config.poll.max_ns > 0 { RunQueue::of_this_thread() } else { None },
             }),
         });
         CURRENT.with(|c| *c.borrow_mut() = Arc::downgrade(&ctx));
@@ -342,7 +348,9 @@ impl AioContext {
         // Real time even under a mock clock: this is about the machine.
         let start = h.window.enabled().then(|| Clock::Monotonic.now_ns());
         let waited = || start.map(|s| Clock::Monotonic.now_ns() - s);
-        if h.window.ns() > 0 {
+        let run_queue = &h.run_queue;
+        let may_spin = |now| h.gate.is_open(now, || run_queue.as_ref().and_then(RunQueue::wait));
+        if h.window.ns() > 0 && start.is_some_and(may_spin) {
             let limit = h.window.ns().min(timeout.map_or(u64::MAX, |t| t.as_nanos() as u64));
             loop {
                 let hit = (0..SPINS_PER_SYSCALL).any(|_| {
@@ -628,7 +636,12 @@ impl AioContext {
     /// # Panics
     /// Off the home thread.
     pub fn set_poll(&self, poll: PollConfig) {
-        self.home.with(|h| h.window.set(poll));
+        self.home.with(|h| {
+            h.window.set(poll);
+            if poll.max_ns > 0 && h.run_queue.is_none() {
+                h.run_queue = RunQueue::of_this_thread();
+            }
+        });
     }
 
     /// Ends the context: waits for file operations, runs what is scheduled (at most a bounded number of turns),

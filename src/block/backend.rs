@@ -19,9 +19,10 @@
 use super::shard::{self, Sharded};
 use super::wait::{co_wait_until, lock};
 use super::{
-    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Limits, Result, WriteFlags, iov,
+    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Lent, Limits, Result, WriteFlags, iov,
 };
 use crate::co::CoQueue;
+use crate::util::fast;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -209,6 +210,9 @@ impl BlockBackend {
     /// When the range is outside of the node.
     pub fn try_pread_some(&self, offset: u64, buf: &mut [u8]) -> usize {
         self.assert_bounds(offset, buf.len() as u64);
+        if !fast::paths().inline_read {
+            return 0;
+        }
         let Some(r) = self.try_begin() else { return 0 };
         let n = self.root.try_pread_some(offset, buf);
         assert!(n <= buf.len(), "a node cannot read more than was asked");
@@ -220,6 +224,44 @@ impl BlockBackend {
         n
     }
 
+    /// Reads `count` neighbouring requests at once, into `bufs` one after the other, if that needs no waiting; `false`
+    /// also while quiesced. Never yields.
+    ///
+    /// # Panics
+    /// When the range is outside of the node.
+    pub fn try_preadv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>], count: u64) -> bool {
+        let len = iov::total_mut(bufs);
+        self.assert_bounds(offset, len as u64);
+        if !fast::paths().inline_read {
+            return false;
+        }
+        let Some(r) = self.try_begin() else { return false };
+        let done = self.root.try_preadv_some(offset, bufs) == len;
+        if done {
+            add(&r.slot.reads, count);
+            add(&r.slot.inline_reads, count);
+            add(&r.slot.read_bytes, len as u64);
+        }
+        done
+    }
+
+    /// Takes `len` bytes, not 0, for sending from the page cache, if they are there; `None` also while quiesced. The read
+    /// counts as ended; with `no_holes` also `None` if some of it is a hole: what is sent later is what the file holds then. Never yields.
+    ///
+    /// # Panics
+    /// When the range is outside of the node.
+    pub fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+        assert!(len > 0, "nothing cannot be lent");
+        self.assert_bounds(offset, len as u64);
+        let r = self.try_begin()?;
+        let lent = self.root.try_lend(offset, len, no_holes)?;
+        assert!(lent.len == len, "a node lends what was asked");
+        add(&r.slot.reads, 1);
+        add(&r.slot.inline_reads, 1);
+        add(&r.slot.read_bytes, len as u64);
+        Some(lent)
+    }
+
     /// Writes all of `buf` if that is expected not to wait; `None` when it was not tried. Never yields.
     ///
     /// # Errors
@@ -228,15 +270,30 @@ impl BlockBackend {
     /// # Panics
     /// When the range is outside of the node.
     pub fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
-        self.assert_bounds(offset, buf.len() as u64);
+        self.try_pwritev(offset, &[IoSlice::new(buf)])
+    }
+
+    /// As [`BlockBackend::try_pwrite`] for neighbouring requests: one buffer each. All of them fail if one does.
+    ///
+    /// # Errors
+    /// As [`BlockNode::co_pwritev`].
+    ///
+    /// # Panics
+    /// When the range is outside of the node.
+    pub fn try_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Option<Result<()>> {
+        let len = iov::total(bufs) as u64;
+        self.assert_bounds(offset, len);
+        if !fast::paths().inline_write {
+            return None;
+        }
         if let Err(e) = self.refuse_read_only("pwrite", offset) {
             return Some(Err(e));
         }
         let r = self.try_begin()?;
-        let done = self.root.try_pwrite(offset, buf)?;
-        add(&r.slot.writes, 1);
-        add(&r.slot.inline_writes, 1);
-        add(&r.slot.write_bytes, buf.len() as u64);
+        let done = self.root.try_pwritev(offset, bufs)?;
+        add(&r.slot.writes, bufs.len() as u64);
+        add(&r.slot.inline_writes, bufs.len() as u64);
+        add(&r.slot.write_bytes, len);
         Some(count_error(r.slot, done))
     }
 

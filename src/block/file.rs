@@ -23,7 +23,9 @@ use super::lock_bytes::{LockError, LockMode, lock_image, unlock_image};
 use super::quick_writes::QuickWrites;
 use super::range_lock::RangeLock;
 use super::status_cache::{Invalidate, SCAN_EXTENTS, Scan, StatusCache};
-use super::{BlockNode, Error, Extent, FlushGroup, Limits, OpenError, Result, StatusFlags, WriteFlags, iov};
+use super::{
+    BlockNode, Error, Extent, FlushGroup, Lent, Limits, OpenError, Result, StatusFlags, WriteFlags, iov,
+};
 use crate::co;
 use crate::util::buf::IoBuf;
 use crate::util::sys;
@@ -34,6 +36,7 @@ use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 /// What happens between a write's reply and the disk, in QEMU's words.
@@ -121,8 +124,8 @@ impl FileOptions {
 /// Largest read that is tried inline, in bytes (ours: about 100 us of copying).
 const INLINE_READ_MAX: usize = 1 << 20;
 
-/// Largest write that is done inline, in bytes (ours: about 50 us of copying; nbdcopy writes this much at once).
-const INLINE_WRITE_MAX: usize = 256 << 10;
+/// Largest write that is done inline, in bytes (ours: about 100 us of copying; io_uring would hand it to a kernel thread).
+const INLINE_WRITE_MAX: usize = 2 << 20;
 
 /// Unit of the page cache in which a partial write may have to read first (ours: the smallest page).
 const PAGE: u64 = 4096;
@@ -167,7 +170,8 @@ struct Direct {
 /// A regular file or a block device of the host. See the module's text.
 pub struct FileNode {
     name: String,
-    file: OwnedFd,
+    /// Shared with what is lent.
+    file: Arc<OwnedFd>,
     /// Another description of the file, without `O_DIRECT`, for the last bytes of a file whose size is not a multiple
     /// of the block: writing them as a whole block would make the file longer.
     tail: Option<OwnedFd>,
@@ -183,6 +187,8 @@ pub struct FileNode {
     direct: Option<Direct>,
     /// Unit in which space is given back, in bytes.
     discard_block: u64,
+    /// Whether ranges may be lent while they are in the page cache; false once the kernel could not tell.
+    lends: AtomicBool,
     /// Unit of zeroing by command, in bytes: the sector of a device, 1 for files.
     zero_block: u64,
     lock: LockMode,
@@ -309,6 +315,7 @@ impl FileNode {
                 rotational,
             },
             inline,
+            lends: AtomicBool::new(inline != Inline::Never),
             direct,
             discard_block: if device { sector } else { fs_block },
             zero_block: sector,
@@ -327,7 +334,7 @@ impl FileNode {
             extend: CachePadded::new(RangeLock::new()),
             status: CachePadded::new(StatusCache::new()),
             sync_fault: AtomicI32::new(0),
-            file,
+            file: Arc::new(file),
         })
     }
 
@@ -872,25 +879,71 @@ impl BlockNode for FileNode {
         r.unwrap_or(0)
     }
 
-    fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
-        self.assert_bounds(offset, buf.len() as u64);
-        let cached = matches!(self.cache, CacheMode::Writeback | CacheMode::Unsafe);
-        if !cached || self.read_only || self.inline == Inline::Never || buf.len() > INLINE_WRITE_MAX {
+    fn try_preadv_some(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> usize {
+        let len = iov::total_mut(bufs);
+        self.assert_bounds(offset, len as u64);
+        if len > INLINE_READ_MAX {
+            return 0;
+        }
+        let r = match self.inline {
+            Inline::Never => return 0,
+            Inline::Nowait => sys::preadv_nowait(&self.file, bufs, offset),
+            Inline::Memory => rustix::io::preadv(&self.file, bufs, offset).map_err(io::Error::from),
+        };
+        // Whatever is wrong, the engine's read will say it.
+        r.unwrap_or(0)
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+        self.assert_bounds(offset, len as u64);
+        if !is(&self.lends) {
             return None;
         }
-        if self.growable && offset + buf.len() as u64 > self.len() {
+        match sys::all_cached(&self.file, offset, len as u64) {
+            Ok(true)
+                if no_holes
+                    && !self.device
+                    && !matches!(sys::all_data(&self.file, offset, len as u64), Ok(true)) =>
+            {
+                None
+            }
+            Ok(true) => Some(Lent { file: Arc::clone(&self.file), offset, len }),
+            Ok(false) => None,
+            Err(error) => {
+                tracing::debug!(node = %self.name, %error, "the kernel does not tell what is cached: nothing is lent");
+                clear(&self.lends);
+                None
+            }
+        }
+    }
+
+    fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
+        self.try_pwritev(offset, &[IoSlice::new(buf)])
+    }
+
+    fn try_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Option<Result<()>> {
+        let len = iov::total(bufs);
+        self.assert_bounds(offset, len as u64);
+        let cached = matches!(self.cache, CacheMode::Writeback | CacheMode::Unsafe);
+        if !cached || self.read_only || self.inline == Inline::Never || len > INLINE_WRITE_MAX {
+            return None;
+        }
+        if self.growable && offset + len as u64 > self.len() {
             return None;
         }
         let begun = self.quick.begin()?;
-        if self.inline == Inline::Nowait && !self.edges_cached(offset, buf.len() as u64) {
+        if self.inline == Inline::Nowait && !self.edges_cached(offset, len as u64) {
             return None;
         }
         let invalidate = Invalidate(&self.status);
-        let r = rustix::io::pwrite(&self.file, buf, offset);
+        let r = match bufs {
+            [buf] => rustix::io::pwrite(&self.file, buf, offset),
+            _ => rustix::io::pwritev(&self.file, bufs, offset),
+        };
         drop(invalidate);
         self.quick.end(&begun);
         match r {
-            Ok(n) if n == buf.len() => Some(Ok(())),
+            Ok(n) if n == len => Some(Ok(())),
             // A short write is the front of an error: the whole write again gets the whole story.
             Ok(_) | Err(Errno::INTR | Errno::AGAIN) => None,
             Err(e) => Some(Err(Error::new("pwrite", &self.name, offset, e.into()))),

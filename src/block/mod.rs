@@ -52,6 +52,7 @@ pub use sim::{SimChange, SimClock, SimFile, SimOp, SimParked};
 use bitflags::bitflags;
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 bitflags! {
@@ -168,6 +169,20 @@ impl Error {
 /// Result of block operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Bytes of a node that need no copy: a range of a file whose pages are in the page cache, to be sent from there.
+///
+/// Whoever sends it reads the file at that time, not at the time of the request. That is right only where an offset of
+/// the node means the same offset of the file for ever.
+#[derive(Debug, Clone)]
+pub struct Lent {
+    /// The file.
+    pub file: Arc<OwnedFd>,
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Bytes; not 0.
+    pub len: usize,
+}
+
 /// A node of the block graph. Offsets and lengths were checked by [`BlockBackend`]'s caller: violations are asserts.
 ///
 /// `co_` methods run in coroutines on any IOThread and may yield; several run at once.
@@ -201,9 +216,37 @@ pub trait BlockNode: Send + Sync {
         0
     }
 
+    /// As [`BlockNode::try_pread_some`] into several buffers, one after the other.
+    fn try_preadv_some(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> usize {
+        let mut done = 0;
+        for buf in bufs {
+            let n = self.try_pread_some(offset + done as u64, buf);
+            done += n;
+            if n < buf.len() {
+                break;
+            }
+        }
+        done
+    }
+
+    /// Offers `len` bytes (not 0) for sending from the page cache, if all of them are there and the node's offsets are
+    /// bound to the file's for ever; with `no_holes` only if none of them is known to be a hole. `None`: read them.
+    /// Never yields.
+    fn try_lend(&self, _offset: u64, _len: usize, _no_holes: bool) -> Option<Lent> {
+        None
+    }
+
     /// Writes all of `buf` if that is expected not to wait: `None` when it was not tried. Never yields.
     fn try_pwrite(&self, _offset: u64, _buf: &[u8]) -> Option<Result<()>> {
         None
+    }
+
+    /// As [`BlockNode::try_pwrite`] from several buffers, all or nothing of them tried. Never yields.
+    fn try_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Option<Result<()>> {
+        match bufs {
+            [buf] => self.try_pwrite(offset, buf),
+            _ => None,
+        }
     }
 
     /// Fills `bufs` from `offset`. Never short. Bytes past a file's end that the node claims to have read as zeroes.

@@ -8,7 +8,7 @@
 
 use super::probe::{PROBE_LEN, probe};
 use super::{
-    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Limits, Result, WriteFlags, iov,
+    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Lent, Limits, Result, WriteFlags, iov,
 };
 use crate::co::CoMutex;
 use std::io::{IoSlice, IoSliceMut};
@@ -87,12 +87,26 @@ impl BlockNode for RawNode {
         self.child.try_pread_some(self.offset + offset, buf)
     }
 
+    fn try_preadv_some(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> usize {
+        self.assert_bounds(offset, iov::total_mut(bufs) as u64);
+        self.child.try_preadv_some(self.offset + offset, bufs)
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+        self.assert_bounds(offset, len as u64);
+        self.child.try_lend(self.offset + offset, len, no_holes)
+    }
+
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
-        self.assert_bounds(offset, buf.len() as u64);
+        self.try_pwritev(offset, &[IoSlice::new(buf)])
+    }
+
+    fn try_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Option<Result<()>> {
+        self.assert_bounds(offset, iov::total(bufs) as u64);
         if self.guarded(offset).is_some() {
             return None;
         }
-        self.child.try_pwrite(self.offset + offset, buf)
+        self.child.try_pwritev(self.offset + offset, bufs)
     }
 
     fn co_preadv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {

@@ -294,10 +294,35 @@ impl CoStream {
         }
     }
 
-    /// Tells the stream that a call on [`CoStream::raw_fd`] made elsewhere (sendfile, splice) would have blocked, so that the
-    /// next wait for writing really waits. Home thread only.
-    pub fn clear_writable(&self) {
-        self.write.drained();
+    /// Sends up to `len` bytes of a file from `offset` on, without a copy (`sendfile`); otherwise as
+    /// [`CoStream::try_writev`]. Waits for the disk if the pages are not in the page cache: ask before. 0: the file ends
+    /// there. Home thread only. Never yields.
+    ///
+    /// # Errors
+    /// What `sendfile` reports.
+    pub fn try_send_file(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<usize> {
+        if !self.write.is_ready() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let sent = rustix::io::retry_on_intr(|| {
+            let mut at = offset;
+            rustix::fs::sendfile(self.fd(), file, Some(&mut at), len)
+        });
+        match sent {
+            // Less than asked may mean a full socket or the end of the file: the next call tells.
+            Ok(n) => Ok(n),
+            Err(Errno::AGAIN) => {
+                self.write.drained();
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Tells whether the socket is a unix socket. One system call.
+    #[must_use]
+    pub fn is_unix(&self) -> bool {
+        rustix::net::sockopt::socket_domain(self.fd()).is_ok_and(|d| d == rustix::net::AddressFamily::UNIX)
     }
 
     /// Bounds the following waits for reading: absolute nanoseconds of the context's clock, None for no bound.

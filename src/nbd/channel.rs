@@ -24,6 +24,7 @@ use crate::util::buf::IoBuf;
 use openssl::ssl::{ErrorCode, ShutdownResult, Ssl, SslStream};
 use openssl::x509::X509VerifyResult;
 use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Most plaintext in one record (RFC 8446, 5.1).
@@ -164,6 +165,23 @@ impl Channel {
         match self {
             Channel::Plain(stream) => stream.try_writev(bufs),
             Channel::Tls(tls) => tls.try_writev(bufs),
+        }
+    }
+
+    /// Whether [`Channel::try_send_file`] pays: a unix socket, in the clear.
+    #[must_use]
+    pub fn lends(&self) -> bool {
+        matches!(self, Channel::Plain(stream) if stream.is_unix())
+    }
+
+    /// Sends part of a file without a copy. Only where [`Channel::lends`] says so: there is nothing to encrypt in place.
+    ///
+    /// # Errors
+    /// As [`CoStream::try_send_file`]; `Unsupported` in TLS.
+    pub fn try_send_file(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<usize> {
+        match self {
+            Channel::Plain(stream) => stream.try_send_file(file, offset, len),
+            Channel::Tls(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

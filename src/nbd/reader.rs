@@ -6,13 +6,17 @@
 use super::budget::Reservation;
 use super::conn::{Conn, lock};
 use super::proto::*;
-use super::reply::{Batch, FLUSH_AT, INPLACE_HEADER};
+use super::reply::{Batch, Content, FLUSH_AT, INPLACE_HEADER, content};
 use super::request::{self, Command, RequestError, View};
-use super::wire::{OFFSET_HOLE_LEN, ProtocolError, RequestHeader, SimpleReply, encode_offset_data};
+use super::wire::{
+    OFFSET_HOLE_LEN, ProtocolError, RequestHeader, SimpleReply, encode_offset_data, encode_offset_hole,
+};
 use crate::block::{self, WriteFlags};
 use crate::co::{Coroutine, co_yield};
 use crate::util::buf::IoBuf;
-use std::io::{self, IoSlice};
+use crate::util::fast;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::sync::Arc;
 use tracing::{debug, warn};
 
@@ -30,6 +34,12 @@ const TURN_BYTES: u64 = 1 << 20;
 const TURN_REQUESTS: u32 = 1024;
 /// How long a stop waits for the next bytes of a payload (ours): a client that means to send it does so at once.
 const STOP_PAYLOAD_NS: u64 = 1_000_000_000;
+/// Neighbouring requests that one system call serves at most (ours: a batch of 4 KiB reads).
+const RUN_MAX: usize = 16;
+/// Bytes of them at most (ours).
+const RUN_BYTES: usize = FLUSH_AT;
+/// Smallest request of a run (ours; a hole's chunk must fit in its place).
+const RUN_PART_MIN: u32 = 512;
 /// Unsent replies beyond which the reader waits for the sender (ours).
 const QUEUE_MAX: usize = 256 << 10;
 
@@ -121,6 +131,11 @@ impl Drop for Reader {
             self.conn.fail();
         }
     }
+}
+
+/// Bytes that follow a request's header.
+fn payload(h: &RequestHeader) -> usize {
+    if h.cmd == NBD_CMD_WRITE { h.len as usize } else { 0 }
 }
 
 impl Reader {
@@ -396,6 +411,14 @@ impl Reader {
     fn co_read_request(&mut self, h: RequestHeader, offset: u64, len: u32, df: bool) -> Result<(), End> {
         let conn = self.conn.clone();
         self.totals.bytes_read += u64::from(len);
+        if len as usize >= conn.lend_from && len > 0 && self.try_lend(h.cookie, offset, len, df) {
+            conn.counters.bytes_read.add(len.into());
+            self.co_answered(len.into());
+            return Ok(());
+        }
+        if (RUN_PART_MIN..=INPLACE_READ).contains(&len) && self.try_read_run(&h, offset, len, df) {
+            return Ok(());
+        }
         if len > 0 && len <= INPLACE_READ && self.try_read_in_place(h.cookie, offset, len, df) {
             conn.counters.bytes_read.add(len.into());
             self.co_answered(len.into());
@@ -411,6 +434,180 @@ impl Reader {
         }
         conn.spawn(h, reservation, move |conn| conn.co_read(&h, df, buf));
         Ok(())
+    }
+
+    /// Finds the requests behind `h`, in what was received, that continue it: the same command with the same flags at the
+    /// next offset. `behind` is where the first of their headers is, from the start of what was received. Returns how many
+    /// there are, `h` included, and sets the range of each one's payload.
+    fn find_run(
+        &self,
+        h: &RequestHeader,
+        behind: usize,
+        parts: &mut [(u64, Range<usize>); RUN_MAX],
+    ) -> usize {
+        let received = self.rx.bytes();
+        let size = self.conn.export.size();
+        parts[0] = (h.cookie, behind - payload(h)..behind);
+        let mut n = 1;
+        let mut at = behind;
+        let mut bytes = h.len as usize;
+        let mut next = h.offset + u64::from(h.len);
+        while n < RUN_MAX {
+            let Ok(Some(other)) = request::next_header(&received[at..]) else { break };
+            let same = (other.cmd, other.flags, other.offset) == (h.cmd, h.flags, next);
+            at += RequestHeader::LEN;
+            bytes += other.len as usize;
+            if !same
+                || other.len < RUN_PART_MIN
+                || bytes > RUN_BYTES
+                || u64::from(other.len) > size - next
+                || received.len() - at < payload(&other)
+            {
+                break;
+            }
+            next += u64::from(other.len);
+            parts[n] = (other.cookie, at..at + payload(&other));
+            at += payload(&other);
+            n += 1;
+        }
+        n
+    }
+
+    /// Takes the requests of a run off the input, whose first header is off already, and counts them.
+    fn take_run(&mut self, h: &RequestHeader, parts: usize, bytes: usize) {
+        let more = (parts - 1) as u64;
+        self.rx.consume(bytes);
+        self.totals.requests += more;
+        self.conn.counters.requests[usize::from(h.cmd)].add(more);
+        self.turn_requests += parts as u32 - 1;
+    }
+
+    /// Answers a read together with those that continue it, by one system call, if there are any and all data is at hand.
+    fn try_read_run(&mut self, h: &RequestHeader, offset: u64, len: u32, df: bool) -> bool {
+        if !fast::paths().coalesce || !self.continues(h, 0) {
+            return false;
+        }
+        const NONE: (u64, Range<usize>) = (0, 0..0);
+        let mut parts = [NONE; RUN_MAX];
+        let mut lens = [0u32; RUN_MAX];
+        let n = self.find_run(h, 0, &mut parts);
+        if n < 2 {
+            return false;
+        }
+        lens[0] = len;
+        for (i, len) in lens[..n].iter_mut().enumerate().skip(1) {
+            let at = (i - 1) * RequestHeader::LEN;
+            let header = request::next_header(&self.rx.bytes()[at..]);
+            *len = header.ok().flatten().expect("it was decoded before").len;
+        }
+        let lens = &lens[..n];
+        let structured = self.conn.structured;
+        let header = if structured { INPLACE_HEADER } else { SimpleReply::LEN };
+        let total: usize = lens.iter().map(|l| header + *l as usize).sum();
+        let room = self.batch.room(total);
+        let mut slices = [const { None }; RUN_MAX];
+        let mut rest = &mut room[..];
+        for (slice, len) in slices.iter_mut().zip(lens) {
+            let (part, behind) = rest.split_at_mut(header + *len as usize);
+            *slice = Some(IoSliceMut::new(&mut part[header..]));
+            rest = behind;
+        }
+        let mut slices = slices.map(|s| s.unwrap_or_else(|| IoSliceMut::new(&mut [])));
+        if !self.conn.export.backend().try_preadv(offset, &mut slices[..n], n as u64) {
+            return false;
+        }
+        let sparse = structured && !df;
+        let mut at = offset;
+        let is_mixed = sparse
+            && slices[..n].iter().any(|s| {
+                let mixed = content(s, at) == Content::Mixed;
+                at += s.len() as u64;
+                mixed
+            });
+        if is_mixed {
+            // It takes several chunks: rare, and not worth a way of its own.
+            return false;
+        }
+        let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
+        let (mut fill, mut at) = (0, offset);
+        for ((cookie, _), len) in parts.iter().zip(lens) {
+            let size = header + *len as usize;
+            let room = &mut self.batch.room(total)[fill..fill + size];
+            let mut send = size;
+            if !structured {
+                room[..header].copy_from_slice(&SimpleReply { error: None, cookie: *cookie }.encode());
+            } else if sparse && content(&room[header..], at) == Content::Hole {
+                room[..OFFSET_HOLE_LEN].copy_from_slice(&encode_offset_hole(done, *cookie, at, *len));
+                send = OFFSET_HOLE_LEN;
+            } else {
+                room[..header].copy_from_slice(&encode_offset_data(done, *cookie, at, *len));
+            }
+            self.batch.commit_part(fill..fill + send);
+            fill += size;
+            at += u64::from(*len);
+        }
+        self.batch.close_room(total);
+        self.take_run(h, n, (n - 1) * RequestHeader::LEN);
+        self.totals.bytes_read += at - offset - u64::from(len);
+        self.conn.counters.bytes_read.add(at - offset);
+        for len in lens {
+            self.co_answered(u64::from(*len));
+        }
+        true
+    }
+
+    /// Whether the request whose header is at `behind` continues `h`: a quick look before a closer one.
+    fn continues(&self, h: &RequestHeader, behind: usize) -> bool {
+        matches!(request::next_header(&self.rx.bytes()[behind..]), Ok(Some(other))
+            if (other.cmd, other.offset) == (h.cmd, h.offset + u64::from(h.len)))
+    }
+
+    /// Does a write, whose payload has been received, together with those that continue it, by one system call, if there are
+    /// any. If that fails, each one is to be done alone, to get its own answer.
+    fn try_write_run(&mut self, h: &RequestHeader, offset: u64) -> bool {
+        let first = payload(h);
+        if !fast::paths().coalesce || !self.continues(h, first) {
+            return false;
+        }
+        const NONE: (u64, Range<usize>) = (0, 0..0);
+        let mut parts = [NONE; RUN_MAX];
+        let n = self.find_run(h, first, &mut parts);
+        if n < 2 {
+            return false;
+        }
+        let parts = &parts[..n];
+        let mut slices = [IoSlice::new(&[]); RUN_MAX];
+        for (slice, (_, range)) in slices.iter_mut().zip(parts) {
+            *slice = IoSlice::new(&self.rx.bytes()[range.clone()]);
+        }
+        let Some(Ok(())) = self.conn.backend().try_pwritev(offset, &slices[..n]) else { return false };
+        let bytes: usize = parts.iter().map(|(_, range)| range.len()).sum();
+        self.take_run(h, n, parts[n - 1].1.end);
+        self.totals.bytes_written += bytes as u64;
+        self.conn.counters.bytes_written.add(bytes as u64);
+        for (cookie, _) in parts {
+            self.conn.put_done(&mut self.batch, *cookie);
+        }
+        for (_, range) in parts {
+            self.co_answered(range.len() as u64);
+        }
+        true
+    }
+
+    /// Puts a large read into the batch that is sent from the page cache, if it is all there. It takes no memory, so none is
+    /// reserved. Holes are left to the other ways if they can be told apart; zeroes in data are sent as data: to look for
+    /// them would cost more than they do.
+    fn try_lend(&mut self, cookie: u64, offset: u64, len: u32, df: bool) -> bool {
+        let no_holes = self.conn.structured && !df;
+        let Some(lent) = self.conn.backend().try_lend(offset, len as usize, no_holes) else { return false };
+        if self.conn.structured {
+            let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
+            self.batch.put(&encode_offset_data(done, cookie, offset, len));
+        } else {
+            self.batch.put(&SimpleReply { error: None, cookie }.encode());
+        }
+        self.batch.lent(lent);
+        true
     }
 
     /// Builds the reply to a small read in the batch, if the data is at hand.
@@ -445,6 +642,9 @@ impl Reader {
         let n = len as usize;
         let at_once = flags.is_empty();
         self.rx.limit = if len >= LARGE_PAYLOAD { RECV_SMALL } else { RECV };
+        if self.rx.len() > n && at_once && len >= RUN_PART_MIN && self.try_write_run(&h, offset) {
+            return Ok(());
+        }
         if self.rx.len() >= n
             && at_once
             && n > 0

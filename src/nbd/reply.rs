@@ -1,17 +1,19 @@
 //! Replies on their way out: a [`Batch`] collects many and leaves in one `sendmsg`.
 //!
 //! ```text
-//!   bufs    [ arena: hdr data hdr data … ] [ IoBuf of a large read ] [ arena … ]
-//!   pieces    ───────────────────────────►   ───────────►              ──►        ranges, in sending order
+//!   bufs    [ arena: hdr data hdr data … ] [ IoBuf of a large read ] [ arena … ]      files  [ lent range ]
+//!   pieces    ───────────────────────────►   ───────────►              ──►                     ──────────►
+//!             ranges, in sending order
 //! ```
 //!
 //! Small replies are built in place in an arena: a cached read goes from the page cache to where `sendmsg` takes it.
-//! Large reads keep their own buffer. A batch also holds the reservations of its requests, so that their bytes are given
+//! Large reads keep their own buffer, or are lent by the file and sent from the page cache by `sendfile`. A batch also holds the reservations of its requests, so that their bytes are given
 //! back when the client has taken them.
 
 use super::budget::Reservation;
 use super::proto::ReplyFlags;
 use super::wire::{OFFSET_DATA_LEN, encode_offset_data, encode_offset_hole};
+use crate::block::Lent;
 use crate::util::buf::IoBuf;
 use std::io::IoSlice;
 use std::ops::Range;
@@ -25,17 +27,34 @@ pub const FLUSH_AT: usize = 32 << 10;
 /// Holes are looked for in grains of this many bytes, at multiples of it in the export (ours: a page).
 pub const ZERO_GRAIN: usize = 4096;
 
+/// A range of a buffer, or of what a file lends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
-    buf: usize,
+    from: Whence,
     start: usize,
     end: usize,
+}
+
+/// Index of a piece's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whence {
+    Buf(usize),
+    File(usize),
+}
+
+/// What comes next in a batch.
+pub enum Next<'b> {
+    /// That many slices were set.
+    Slices(usize),
+    /// This much of a file from this offset on.
+    File(&'b Lent, u64, usize),
 }
 
 /// Replies that are ready to be sent, in order.
 #[derive(Default)]
 pub struct Batch {
     bufs: Vec<IoBuf>,
+    files: Vec<Lent>,
     pieces: Vec<Piece>,
     /// Index of the current arena, and how much of it is taken.
     arena: Option<(usize, usize)>,
@@ -85,7 +104,21 @@ impl Batch {
         let (buf, fill) = self.arena.expect("room() precedes commit()");
         assert!(fill + n <= self.bufs[buf].len(), "committed more than the room");
         self.arena = Some((buf, fill + n));
-        self.piece(buf, fill..fill + n);
+        self.piece(Whence::Buf(buf), fill..fill + n);
+    }
+
+    /// Appends part of the room to what is sent; the room stays where it is until [`Batch::close_room`].
+    pub fn commit_part(&mut self, part: Range<usize>) {
+        let (buf, fill) = self.arena.expect("room() precedes commit_part()");
+        assert!(fill + part.end <= self.bufs[buf].len(), "committed more than the room");
+        self.piece(Whence::Buf(buf), fill + part.start..fill + part.end);
+    }
+
+    /// Takes the first `n` bytes of the room out of use for later replies: parts of it are sent.
+    pub fn close_room(&mut self, n: usize) {
+        let (buf, fill) = self.arena.expect("room() precedes close_room()");
+        assert!(fill + n <= self.bufs[buf].len(), "closed more than the room");
+        self.arena = Some((buf, fill + n));
     }
 
     /// Takes the room, which holds [`INPLACE_HEADER`] free bytes and then `len` bytes read from `offset`, as the content
@@ -116,11 +149,11 @@ impl Batch {
             match in_place {
                 Some(fill) => {
                     self.bufs[buf][fill..data].copy_from_slice(&encoded);
-                    self.piece(buf, fill..data);
+                    self.piece(Whence::Buf(buf), fill..data);
                 }
                 None => self.put(&encoded),
             }
-            self.piece(buf, data + range.start..data + range.end);
+            self.piece(Whence::Buf(buf), data + range.start..data + range.end);
         }
     }
 
@@ -143,16 +176,23 @@ impl Batch {
     /// Appends a range of a buffer.
     pub fn data(&mut self, id: BufId, range: Range<usize>) {
         assert!(range.end <= self.bufs[id.0].len(), "range outside of its buffer");
-        self.piece(id.0, range);
+        self.piece(Whence::Buf(id.0), range);
     }
 
-    fn piece(&mut self, buf: usize, range: Range<usize>) {
+    /// Appends what a file lends.
+    pub fn lent(&mut self, lent: Lent) {
+        let len = lent.len;
+        self.files.push(lent);
+        self.piece(Whence::File(self.files.len() - 1), 0..len);
+    }
+
+    fn piece(&mut self, from: Whence, range: Range<usize>) {
         let (start, end) = (range.start, range.end);
         self.bytes += end - start;
         match self.pieces.last_mut() {
-            Some(last) if last.buf == buf && last.end == start => last.end = end,
+            Some(last) if last.from == from && last.end == start => last.end = end,
             _ if start == end => {}
-            _ => self.pieces.push(Piece { buf, start, end }),
+            _ => self.pieces.push(Piece { from, start, end }),
         }
     }
 
@@ -167,19 +207,26 @@ impl Batch {
             std::mem::swap(self, other);
             return;
         }
-        let base = self.bufs.len();
+        let (base, files) = (self.bufs.len(), self.files.len());
         self.bufs.append(&mut other.bufs);
-        let moved = other.pieces.drain(..).map(|p| Piece { buf: p.buf + base, ..p });
+        self.files.append(&mut other.files);
+        let moved = other.pieces.drain(..).map(|p| {
+            let from = match p.from {
+                Whence::Buf(i) => Whence::Buf(i + base),
+                Whence::File(i) => Whence::File(i + files),
+            };
+            Piece { from, ..p }
+        });
         self.pieces.extend(moved);
         self.arena = other.arena.take().map(|(buf, fill)| (buf + base, fill));
         self.bytes += std::mem::take(&mut other.bytes);
         self.held.append(&mut other.held);
     }
 
-    /// Fills `out` with what is to be sent from byte `from` on, at most `out.len()` slices and about `most` bytes.
-    /// Returns the slices and the bytes set.
-    pub fn slices<'b>(&'b self, from: usize, most: usize, out: &mut [IoSlice<'b>]) -> (usize, usize) {
-        let (mut skip, mut n, mut bytes) = (from, 0, 0);
+    /// Says what is to be sent from byte `sent` on: a range of a file, or slices, which `out` is filled with; about `most`
+    /// bytes, and not less than all that is left unless it is as much.
+    pub fn next<'b>(&'b self, sent: usize, most: usize, out: &mut [IoSlice<'b>]) -> Next<'b> {
+        let (mut skip, mut n, mut bytes) = (sent, 0, 0);
         for piece in &self.pieces {
             let len = piece.end - piece.start;
             if skip >= len {
@@ -192,11 +239,18 @@ impl Batch {
             let start = piece.start + skip;
             let end = piece.end.min(start + (most - bytes));
             skip = 0;
-            out[n] = IoSlice::new(&self.bufs[piece.buf][start..end]);
+            match piece.from {
+                Whence::Buf(buf) => out[n] = IoSlice::new(&self.bufs[buf][start..end]),
+                Whence::File(_) if n > 0 => break,
+                Whence::File(file) => {
+                    let lent = &self.files[file];
+                    return Next::File(lent, lent.offset + start as u64, end - start);
+                }
+            }
             bytes += end - start;
             n += 1;
         }
-        (n, bytes)
+        Next::Slices(n)
     }
 
     /// Appends a structured read's content chunks for `buf`, read from `offset`: runs of zero grains as holes, the rest as
@@ -284,6 +338,32 @@ pub fn is_zero(data: &[u8]) -> bool {
     blocks.iter().all(|b| b.iter().fold(0u8, |acc, x| acc | x) == 0) && tail.iter().all(|x| *x == 0)
 }
 
+/// What a read's content is, as [`Batch::put_sparse`] would send it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// One data chunk.
+    Data,
+    /// One hole chunk.
+    Hole,
+    /// Several chunks.
+    Mixed,
+}
+
+/// Tells what `data`, read from `offset` of the export, is.
+#[must_use]
+pub fn content(data: &[u8], offset: u64) -> Content {
+    match ZeroRuns::new(data, offset).next() {
+        Some((range, zero)) if range.len() == data.len() => {
+            if zero {
+                Content::Hole
+            } else {
+                Content::Data
+            }
+        }
+        _ => Content::Mixed,
+    }
+}
+
 /// Splits data, read from `offset` of the export, into runs of zero grains and of others, in order.
 struct ZeroRuns<'a> {
     data: &'a [u8],
@@ -337,10 +417,16 @@ mod tests {
         let mut all = Vec::new();
         while all.len() < batch.bytes() {
             let mut slices = [IoSlice::new(&[]); 3];
-            let (n, bytes) = batch.slices(all.len(), step, &mut slices);
-            assert_eq!(slices[..n].iter().map(|s| s.len()).sum::<usize>(), bytes);
-            assert!(bytes > 0);
-            slices[..n].iter().for_each(|s| all.extend_from_slice(s));
+            let before = all.len();
+            match batch.next(all.len(), step, &mut slices) {
+                Next::Slices(n) => slices[..n].iter().for_each(|s| all.extend_from_slice(s)),
+                Next::File(lent, offset, len) => {
+                    let mut part = vec![0; len];
+                    rustix::io::pread(&lent.file, &mut part, offset).expect("read");
+                    all.extend_from_slice(&part);
+                }
+            }
+            assert!(all.len() > before && all.len() - before <= step);
         }
         all
     }
@@ -381,6 +467,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_lent_is_sent_in_its_place() {
+        let file = tempfile::tempfile().expect("temp file");
+        let bytes: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
+        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).expect("write");
+        let file = std::sync::Arc::new(std::os::fd::OwnedFd::from(file));
+        let lend = |offset: u64, len| Lent { file: file.clone(), offset, len };
+        let mut a = Batch::new();
+        a.put(b"one");
+        a.lent(lend(100, 5000));
+        a.put(b"two");
+        let mut b = Batch::new();
+        b.lent(lend(7, 9000));
+        b.lent(lend(9007, 10));
+        b.put(b"three");
+        a.append(&mut b);
+        a.lent(lend(0, 1));
+        let want =
+            [b"one", &bytes[100..5100], b"two", &bytes[7..9007], &bytes[9007..9017], b"three", &bytes[..1]];
+        for step in [1, 100, 4096, usize::MAX / 2] {
+            assert_eq!(sent(&a, step), want.concat());
+        }
+    }
+
+    #[test]
     fn a_read_in_place_is_sent_as_its_holes_and_data() {
         const DONE: ReplyFlags = ReplyFlags::NBD_REPLY_FLAG_DONE;
         let check = |grains: &[u8]| {
@@ -410,6 +520,30 @@ mod tests {
         check(&[1, 0]);
         check(&[1, 0, 0, 1, 0]);
         check(&[0, 1, 0, 1, 1]);
+    }
+
+    #[test]
+    fn parts_of_a_room_are_sent_and_nothing_else_of_it() {
+        let mut b = Batch::new();
+        b.put(b"a");
+        b.room(100).fill(b'.');
+        b.room(100)[10..13].copy_from_slice(b"one");
+        b.commit_part(10..13);
+        b.room(100)[20..23].copy_from_slice(b"two");
+        b.commit_part(20..23);
+        b.close_room(100);
+        b.put(b"b");
+        assert_eq!(sent(&b, 9), b"aonetwob");
+    }
+
+    #[test]
+    fn content_is_told_as_it_is_sent() {
+        let mut data = vec![0; 3 * ZERO_GRAIN];
+        assert_eq!(content(&data, 0), Content::Hole);
+        data[ZERO_GRAIN] = 1;
+        assert_eq!(content(&data, 0), Content::Mixed);
+        assert_eq!(content(&data[ZERO_GRAIN..2 * ZERO_GRAIN], 4096), Content::Data);
+        assert_eq!(content(&data[..512], 512), Content::Hole);
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //!
 //! ```text
 //!   len <= 128 KiB   size class, pooled, from the allocator
-//!   len <= 1 MiB     size class, pooled, from mmap   (malloc would raise its mmap threshold and keep the memory)
-//!   len >  1 MiB     whole pages, not pooled, mmap and munmap: the memory is back when the buffer is dropped
+//!   len <= 2 MiB     size class, pooled, from mmap   (malloc would raise its mmap threshold and keep the memory)
+//!   len >  2 MiB     whole pages, not pooled, mmap and munmap: the memory is back when the buffer is dropped
 //! ```
 //!
 //! Bounds: a thread keeps at most [`THREAD_POOL_BYTES`], of which one class may hold at most half; [`trim`] empties
@@ -33,8 +33,8 @@ pub const ALIGN: usize = 4096;
 /// What debug builds put into a recycled buffer.
 pub const POISON: u8 = 0xdb;
 
-/// Largest pooled capacity in bytes (ours: bigger requests are rare, and a page fault is cheap beside their copy).
-pub const MAX_POOLED: usize = 1 << 20;
+/// Largest pooled capacity in bytes (ours: qemu-img convert asks for 2 MiB at once; bigger requests are rare).
+pub const MAX_POOLED: usize = 2 << 20;
 
 /// Bytes that the free lists of one thread hold at most (ours: 64 requests of 256 KiB, nbdcopy's habit).
 pub const THREAD_POOL_BYTES: usize = 16 << 20;

@@ -2,5 +2,6 @@
 
 pub mod buf;
 pub mod counters;
+pub mod fast;
 pub mod sync;
 pub mod sys;

@@ -172,7 +172,50 @@ pub fn blk_zero_out(fd: impl AsFd, offset: u64, len: u64) -> io::Result<()> {
 /// # Errors
 /// `EAGAIN` when nothing of it is cached; `EOPNOTSUPP` where the file system does not know the flag (tmpfs, overlayfs).
 pub fn pread_nowait(fd: impl AsFd, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-    Ok(rustix::io::preadv2(fd, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT)?)
+    preadv_nowait(fd, &mut [IoSliceMut::new(buf)], offset)
+}
+
+/// [`pread_nowait`] into several buffers, one after the other.
+///
+/// # Errors
+/// As [`pread_nowait`].
+pub fn preadv_nowait(fd: impl AsFd, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<usize> {
+    Ok(rustix::io::preadv2(fd, bufs, offset, ReadWriteFlags::NOWAIT)?)
+}
+
+// The number is the same on every architecture but alpha; libc does not have it everywhere yet.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// Tells whether no byte of a file's range lies in a hole (`SEEK_HOLE`), where the file system knows. Normally answered from
+/// the extents that the file system has in memory. Moves the file position, which nobody here uses.
+///
+/// # Errors
+/// What `lseek` reports; `ENXIO` past the end of the file.
+pub fn all_data(fd: impl AsFd, offset: u64, len: u64) -> io::Result<bool> {
+    Ok(rustix::fs::seek(fd, rustix::fs::SeekFrom::Hole(offset))? >= offset.saturating_add(len))
+}
+
+/// Tells whether every page of a range is in the page cache (`cachestat`, Linux 6.5). Never waits for the device. It is
+/// a snapshot: pages may leave at any time.
+///
+/// # Errors
+/// `ENOSYS` on older kernels or under a seccomp filter; `EOPNOTSUPP` for hugetlbfs; `EPERM` for files of others.
+#[expect(unsafe_code, reason = "cachestat")]
+pub fn all_cached(fd: impl AsFd, offset: u64, len: u64) -> io::Result<bool> {
+    let range: [u64; 2] = [off(offset)? as u64, len];
+    // nr_cache, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted, in pages.
+    let mut stat = [0u64; 5];
+    // SAFETY: the range is two u64 that are read, the result five u64 that are written, as <linux/mman.h> has them; there
+    // are no flags.
+    let r = unsafe {
+        libc::syscall(SYS_CACHESTAT, fd.as_fd().as_raw_fd(), range.as_ptr(), stat.as_mut_ptr(), 0u32)
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let page = rustix::param::page_size() as u64;
+    let pages = if len == 0 { 0 } else { (offset + len - 1) / page - offset / page + 1 };
+    Ok(stat[0] >= pages)
 }
 
 // ------------------------------------------------------------------------------------------------- signals
@@ -273,6 +316,35 @@ pub fn thread_sleeps() -> u64 {
     u64::try_from(usage.ru_nvcsw).unwrap_or(0)
 }
 
+/// What a thread has waited for a CPU since it began, ready to run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RunQueueWait {
+    /// Nanoseconds in all.
+    pub ns: u64,
+}
+
+/// Reads how long one thread has waited for a CPU (`/proc/thread-self/schedstat`).
+#[derive(Debug)]
+pub struct RunQueue(std::fs::File);
+
+impl RunQueue {
+    /// Opens the calling thread's. `None` where the kernel does not count it or /proc is not mounted.
+    #[must_use]
+    pub fn of_this_thread() -> Option<RunQueue> {
+        let queue = RunQueue(std::fs::File::open("/proc/thread-self/schedstat").ok()?);
+        queue.wait().map(|_| queue)
+    }
+
+    /// Reads it. Any thread; about 2 us.
+    #[must_use]
+    pub fn wait(&self) -> Option<RunQueueWait> {
+        let mut text = [0u8; 96];
+        let n = rustix::io::pread(&self.0, &mut text, 0).ok()?;
+        let ns = std::str::from_utf8(&text[..n]).ok()?.split_whitespace().nth(1)?.parse().ok()?;
+        Some(RunQueueWait { ns })
+    }
+}
+
 // -------------------------------------------------------------------------------------- process and peers
 
 /// Raises the soft limit of open files to the hard limit; returns the limit now in force.
@@ -347,6 +419,16 @@ mod tests {
     }
 
     #[test]
+    fn the_run_queue_of_this_thread_only_grows() {
+        // Not every kernel counts it.
+        let Some(queue) = RunQueue::of_this_thread() else { return };
+        let before = queue.wait().expect("worked before");
+        std::thread::yield_now();
+        let after = queue.wait().expect("worked before");
+        assert!(after.ns >= before.ns);
+    }
+
+    #[test]
     fn offset_beyond_i64_is_einval_not_a_wrap() {
         let (a, _b, _t) = two_opens();
         let e = ofd_lock(&a, OfdLock::Read, u64::MAX, 1).expect_err("too far");
@@ -361,6 +443,19 @@ mod tests {
         assert!(blk_sector_size(&a).is_err());
         assert!(blk_discard(&a, 0, 512).is_err());
         assert!(blk_zero_out(&a, 0, 512).is_err());
+    }
+
+    #[test]
+    fn what_was_just_written_is_cached_and_what_lies_behind_the_end_is_not() {
+        let (a, _b, t) = two_opens();
+        std::fs::write(t.path(), [1u8; 20_000]).expect("write");
+        match all_cached(&a, 100, 19_000) {
+            Ok(cached) => assert!(cached),
+            // An older kernel, or a sandbox: then nobody asks twice.
+            Err(e) => return assert_eq!(e.raw_os_error(), Some(libc::ENOSYS)),
+        }
+        assert!(!all_cached(&a, 0, 1 << 20).expect("worked before"));
+        assert!(all_cached(&a, 0, 0).expect("worked before"));
     }
 
     #[test]

@@ -11,14 +11,15 @@ const SHARE: u64 = 8 << 20;
 
 /// Writes and verifies with `jobs` connections at once, each on its own part of the disk.
 fn write_and_verify(server: &Server, jobs: u64) {
-    let args = [
+    let random = ["--rw=randrw", "--rwmixread=30", "--bsrange=512-64k", "--bs_unaligned=1"];
+    verify(server, jobs, &random);
+}
+
+fn verify(server: &Server, jobs: u64, pattern: &[&str]) {
+    let mut args = vec![
         "--name=verify".to_owned(),
         "--ioengine=nbd".to_owned(),
         format!("--uri={}", server.uri),
-        "--rw=randrw".to_owned(),
-        "--rwmixread=30".to_owned(),
-        "--bsrange=512-64k".to_owned(),
-        "--bs_unaligned=1".to_owned(),
         format!("--size={SHARE}"),
         format!("--offset_increment={SHARE}"),
         format!("--numjobs={jobs}"),
@@ -32,6 +33,7 @@ fn write_and_verify(server: &Server, jobs: u64) {
         "--randrepeat=1".to_owned(),
         "--output-format=json".to_owned(),
     ];
+    args.extend(pattern.iter().map(|&a| a.to_owned()));
     // fio leaves its verify state in the folder where it runs.
     let out = run_command(tool("fio").args(&args).current_dir(server.dir.path())).ok();
     // fio may print notes before the object.
@@ -74,4 +76,35 @@ fn four_connections_of_one_image_run_on_several_threads() {
         // Four connections, placed on the least loaded thread each: every thread has served one.
         assert!(requests.iter().all(|&n| n > 100), "{requests:?}");
     }
+}
+
+/// Data is right whichever way it takes: by the fast paths wherever they can be taken, and by none of them.
+#[test]
+fn verify_with_the_fast_paths_forced_on_and_off() {
+    for fast in ["forced", "off"] {
+        for setup in [crate::harness::UNIX_1_IO_URING, crate::harness::TCP_3_IO_URING] {
+            let variable = format!("CONBD_FAST={fast}");
+            let builder = Builder::new(setup).image_len(64 << 20).wrapped_by(&["env", &variable]);
+            let server = builder.start();
+            write_and_verify(&server, 4);
+            // One after the other, which is what is done several at once.
+            verify(&server, 2, &["--rw=rw", "--bs=4k", "--rwmixread=30"]);
+            verify(&server, 2, &["--rw=write", "--bs=1k"]);
+            // Large ones, which are lent.
+            verify(&server, 1, &["--rw=randrw", "--rwmixread=30", "--bsrange=32k-64k"]);
+            let stopped = server.stop();
+            let totals = stopped.messages("iothread totals");
+            let inline: u64 = totals.iter().map(|l| field(l, "inline").as_u64().unwrap()).sum();
+            assert_eq!(inline > 0, fast == "forced", "requests answered in place: {inline}");
+        }
+    }
+}
+
+/// A word that is none of the fast paths is refused, by name.
+#[test]
+fn an_unknown_fast_path_is_refused() {
+    let builder = Builder::new(crate::harness::UNIX_1_IO_URING).image_len(1 << 20);
+    let (status, text) = builder.wrapped_by(&["env", "CONBD_FAST=warp"]).start_refused();
+    assert!(!status.success());
+    assert!(text.contains("\"warp\"") && text.contains("inline-read"), "{text}");
 }

@@ -276,7 +276,7 @@ fn inline_writes_are_for_the_page_cache_only() {
     assert!(!tried(CacheMode::Writethrough, false, 0, 4096), "must be durable");
     assert!(!tried(CacheMode::None, false, 0, 4096), "O_DIRECT waits");
     assert!(!tried(CacheMode::Writeback, true, 0, 4096));
-    assert!(!tried(CacheMode::Writeback, false, 0, 2 << 20), "too long for one turn");
+    assert!(!tried(CacheMode::Writeback, false, 0, 3 << 20), "too long for one turn");
     // Part of a page that is not cached: the kernel would have to read it first.
     File::options().write(true).open(&path).unwrap().write_all_at(&vec![9; 3 << 20], 0).unwrap();
     some_time("a write that would read first is not inline", || {

@@ -28,6 +28,7 @@ mod engine;
 mod nbd_basic;
 mod nbd_common;
 mod nbd_contexts;
+mod nbd_fast;
 mod nbd_handshake;
 mod nbd_robust;
 mod nbd_transmission;
