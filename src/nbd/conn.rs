@@ -478,7 +478,9 @@ impl Conn {
                     buf.truncate(run as usize);
                     std::mem::replace(buf, IoBuf::new(0))
                 } else {
-                    IoBuf::new(run as usize)
+                    IoBuf::try_new(run as usize).ok_or_else(|| {
+                        block::Error::from_errno("read", self.export.name(), at, libc::ENOMEM)
+                    })?
                 };
                 self.backend().co_preadv(at, &mut [IoSliceMut::new(&mut part)])?;
                 batch.add_runs(&mut runs, at, part);

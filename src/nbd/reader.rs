@@ -425,7 +425,10 @@ impl Reader {
             return Ok(());
         }
         let reservation = self.co_reserve(len.into())?;
-        let mut buf = IoBuf::new(len as usize);
+        let Some(mut buf) = IoBuf::try_new(len as usize) else {
+            self.co_refuse_memory(&h);
+            return Ok(());
+        };
         if len == 0 || (len > INPLACE_READ && conn.backend().try_pread(offset, &mut buf)) {
             conn.put_read(&mut self.batch, h.cookie, offset, df, buf);
             self.batch.hold(reservation);
@@ -668,7 +671,13 @@ impl Reader {
                 self.co_reserve(len.into()).and_then(|reserved| Ok((reserved, self.co_payload(n)?)));
             lock(&conn.outbox).in_flight -= 1;
             // Nothing of it is written if the client is gone in the middle.
-            (reservation, buf) = received?;
+            let received = received?;
+            reservation = received.0;
+            let Some(payload) = received.1 else {
+                self.co_refuse_memory(&h);
+                return Ok(());
+            };
+            buf = payload;
             if at_once && let Some(result) = conn.backend().try_pwrite(offset, &buf) {
                 self.wrote(&h, &result);
                 self.batch.hold(reservation);
@@ -695,9 +704,34 @@ impl Reader {
         self.conn.put_result(&mut self.batch, h, result);
     }
 
-    /// Receives a payload that is not all there, the rest of it straight into its buffer. Yields.
-    fn co_payload(&mut self, n: usize) -> Result<IoBuf, End> {
-        let mut buf = IoBuf::new(n);
+    /// Answers a request that the budget has room for, and the machine has not. May yield, to send.
+    fn co_refuse_memory(&mut self, h: &RequestHeader) {
+        let conn = self.conn.clone();
+        conn.shared.warn_limited(|suppressed| {
+            warn!(
+                peer = conn.peer,
+                conn = conn.id,
+                len = h.len,
+                suppressed,
+                "no memory for a request: refused; lower bytes_total to what there is"
+            );
+        });
+        conn.put_error(
+            &mut self.batch,
+            h.cookie,
+            Errno::NBD_ENOMEM,
+            "no memory for a request of this length",
+        );
+        self.co_answered(0);
+    }
+
+    /// Receives a payload that is not all there, the rest of it straight into its buffer. `None` when there is no memory
+    /// for that: then it was skipped. Yields.
+    fn co_payload(&mut self, n: usize) -> Result<Option<IoBuf>, End> {
+        let Some(mut buf) = IoBuf::try_new(n) else {
+            self.co_discard(n as u32)?;
+            return Ok(None);
+        };
         let mut have = self.rx.len();
         buf[..have].copy_from_slice(self.rx.bytes());
         self.rx.consume(have);
@@ -720,7 +754,7 @@ impl Reader {
                 Err(e) => return Err(End::Io(e)),
             }
         }
-        Ok(buf)
+        Ok(Some(buf))
     }
 
     /// Reads a payload off the stream and forgets it. Yields.

@@ -290,6 +290,38 @@ fn replies_that_nobody_takes_hold_up_nobody_else() {
 }
 
 #[test]
+fn no_memory_for_a_request_is_an_answer_and_not_the_end() {
+    use rustix::process::{Resource, Rlimit, prlimit};
+    const LEN: u32 = 64 << 20;
+    for setup in [UNIX_1_IO_URING, TCP_1_THREADS] {
+        let server = Builder::new(setup).image_len(u64::from(LEN)).start();
+        let mut conn = Conn::ready(&server.uri);
+        // Threads and pools that come with the first requests are there.
+        conn.send(&request(READ, 1, 0, 1 << 20));
+        assert_eq!(conn.receive_simple(), (0, 1));
+        conn.receive(1 << 20);
+        let bytes = (server.status_kib("VmSize") << 10) + (32 << 20);
+        let limit = |current| Rlimit { current, maximum: None };
+        prlimit(Some(server.pid()), Resource::As, limit(Some(bytes))).unwrap();
+        let enomem = 12;
+        conn.send(&request(READ, 2, 0, LEN));
+        assert_eq!(conn.receive_simple(), (enomem, 2));
+        conn.send(&request(WRITE, 3, 0, LEN));
+        conn.send(&vec![7; LEN as usize]);
+        assert_eq!(conn.receive_simple(), (enomem, 3));
+        // What fits is served on the same connection, and nothing of the refused write was done.
+        conn.send(&request(READ, 4, 0, 4096));
+        assert_eq!(conn.receive_simple(), (0, 4));
+        assert!(conn.receive(4096).iter().all(|b| *b == 0));
+        prlimit(Some(server.pid()), Resource::As, limit(None)).unwrap();
+        conn.send(&request(READ, 5, 0, LEN));
+        assert_eq!(conn.receive_simple(), (0, 5));
+        conn.receive(LEN as usize);
+        server.stop();
+    }
+}
+
+#[test]
 fn a_client_that_closes_its_sending_half_gets_its_replies() {
     let server = Builder::new(TCP_1_THREADS).image_data(&noise(MIB, 31)).start();
     let mut conn = Conn::ready(&server.uri);
