@@ -6,7 +6,9 @@
 //! (a test compares the two).
 
 use crate::aio::engine::EngineChoice;
+use crate::nbd::access::{AllowList, TlsMode};
 use crate::nbd::proto::NBD_MAX_STRING;
+use crate::nbd::tls::TlsFiles;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -102,6 +104,34 @@ pub enum Lock {
     Shared,
     /// take no locks
     Off,
+}
+
+/// When TLS must be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Tls {
+    /// required as soon as there is a certificate or a PSK file, else off
+    #[default]
+    Auto,
+    /// not offered
+    Off,
+    /// every client must use it
+    Required,
+    /// clients may use it; each export says whether it needs it
+    Selective,
+}
+
+/// Whether an export needs TLS where TLS is a choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ExportTls {
+    /// clients without TLS get it too
+    #[default]
+    Optional,
+    /// only clients with TLS get it
+    Required,
 }
 
 /// Form of the log.
@@ -233,6 +263,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// What clients may take.
     pub limits: LimitsConfig,
+    /// TLS.
+    pub tls: TlsConfig,
     /// Logging.
     pub log: LogConfig,
     /// At least one, names unique.
@@ -321,6 +353,53 @@ impl Default for LimitsConfig {
     }
 }
 
+/// `[tls]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Never `Auto` with credentials, once checked: see [`TlsConfig::mode`].
+    pub mode: Tls,
+    /// Credentials.
+    pub files: TlsFiles,
+}
+
+impl TlsConfig {
+    /// Whether there is something to make TLS with.
+    fn has_credentials(&self) -> bool {
+        self.files.cert.is_some() || self.files.psk.is_some()
+    }
+
+    /// What holds in the end.
+    #[must_use]
+    pub fn mode(&self) -> TlsMode {
+        match self.mode {
+            Tls::Auto if self.has_credentials() => TlsMode::Required,
+            Tls::Auto | Tls::Off => TlsMode::Off,
+            Tls::Required => TlsMode::Required,
+            Tls::Selective => TlsMode::Selective,
+        }
+    }
+
+    /// What is missing or does not go together.
+    fn check(&self) -> Result<(), String> {
+        let files = &self.files;
+        match (&files.cert, &files.key) {
+            (Some(_), None) => return Err("a certificate needs its private key; set key too".to_owned()),
+            (None, Some(_)) => return Err("a private key needs its certificate; set cert too".to_owned()),
+            _ => {}
+        }
+        if matches!(self.mode, Tls::Required | Tls::Selective) && !self.has_credentials() {
+            return Err("TLS needs cert and key, or psk, or both".to_owned());
+        }
+        if files.verify_client && files.ca.is_none() {
+            return Err("verifying clients needs ca, the certificates of those who sign theirs".to_owned());
+        }
+        if files.crl.is_some() && files.ca.is_none() {
+            return Err("crl needs ca: it revokes certificates of clients".to_owned());
+        }
+        Ok(())
+    }
+}
+
 /// `[log]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogConfig {
@@ -359,6 +438,10 @@ pub struct ExportConfig {
     pub offset: Size,
     /// Bytes that are exported; None means up to the image's end.
     pub size: Option<Size>,
+    /// Whether it needs TLS, where TLS is a choice.
+    pub tls: ExportTls,
+    /// Who may use it; None means everybody.
+    pub allow: Option<AllowList>,
 }
 
 impl ExportConfig {
@@ -376,7 +459,33 @@ impl ExportConfig {
             description: String::new(),
             offset: Size(0),
             size: None,
+            tls: ExportTls::default(),
+            allow: None,
         }
+    }
+
+    /// Whether clients without TLS get it.
+    #[must_use]
+    pub fn in_the_clear(&self, mode: TlsMode) -> bool {
+        match mode {
+            TlsMode::Off => true,
+            TlsMode::Required => false,
+            TlsMode::Selective => self.tls == ExportTls::Optional,
+        }
+    }
+
+    /// What does not go together with the server's TLS.
+    fn check_tls(&self, mode: TlsMode) -> Result<(), String> {
+        if self.tls == ExportTls::Required && mode == TlsMode::Off {
+            return Err(
+                "the export requires TLS, and the server has none; set cert and key, or psk, in [tls]"
+                    .to_owned(),
+            );
+        }
+        if self.in_the_clear(mode) && self.allow.as_ref().is_some_and(AllowList::needs_tls) {
+            return Err("allow names nothing but TLS identities, and the export is offered without TLS; set tls = \"required\"".to_owned());
+        }
+        Ok(())
     }
 }
 
@@ -413,6 +522,7 @@ pub enum ConfigError {
 struct FileTable {
     server: ServerTable,
     limits: LimitsTable,
+    tls: Option<Spanned<TlsTable>>,
     log: LogTable,
     export: Vec<ExportTable>,
 }
@@ -444,6 +554,18 @@ struct LimitsTable {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct TlsTable {
+    mode: Option<Tls>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    crl: Option<PathBuf>,
+    verify_client: Option<bool>,
+    psk: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct LogTable {
     level: Option<Spanned<String>>,
     format: Option<LogFormat>,
@@ -462,6 +584,8 @@ struct ExportTable {
     description: Option<Spanned<String>>,
     offset: Option<Size>,
     size: Option<Spanned<Size>>,
+    tls: Option<Spanned<ExportTls>>,
+    allow: Option<Spanned<Vec<String>>>,
 }
 
 /// Flags of `conbd serve`.
@@ -509,6 +633,35 @@ pub struct ServeFlags {
     /// Listen on this unix socket; may repeat
     #[arg(long, value_name = "PATH")]
     pub socket: Vec<PathBuf>,
+
+    /// Admit to the image only clients that match: psk:USER, dn:CN=..., dns:NAME, address:10.0.0.0/8, uid:1000 (see
+    /// conbd.toml(5)); may repeat
+    #[arg(long, value_name = "WHO", requires = "image")]
+    pub allow: Vec<String>,
+
+    /// When clients must use TLS [default: required with --tls-cert or --tls-psk, else off]
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub tls: Option<Tls>,
+
+    /// The server's certificate and its chain, PEM
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The private key of the certificate, PEM
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+
+    /// Require client certificates that these CAs have signed, PEM
+    #[arg(long, value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+
+    /// Revoked client certificates, PEM
+    #[arg(long, value_name = "FILE")]
+    pub tls_crl: Option<PathBuf>,
+
+    /// Users and pre-shared keys, as psktool writes them
+    #[arg(long, value_name = "FILE")]
+    pub tls_psk: Option<PathBuf>,
 
     /// Threads that serve connections [default: one per CPU, at most 8]
     #[arg(long, value_name = "N")]
@@ -599,6 +752,7 @@ impl Config {
             None => Config {
                 server: ServerConfig::default(),
                 limits: LimitsConfig::default(),
+                tls: TlsConfig::default(),
                 log: LogConfig::default(),
                 exports: Vec::new(),
                 notes: Vec::new(),
@@ -626,11 +780,13 @@ impl Config {
             let span = e.span().unwrap_or(0..0);
             source.error(&span, format!("{}; conbd.toml(5) lists every key", e.message().trim_end()))
         })?;
+        let tls = check_tls(&source, base, table.tls)?;
         Ok(Config {
             server: check_server(&source, base, table.server)?,
             limits: check_limits(&source, table.limits)?,
             log: check_log(&source, table.log)?,
             exports: check_exports(&source, base, table.export)?,
+            tls,
             notes: Vec::new(),
         })
     }
@@ -684,6 +840,12 @@ impl Config {
             export.description = flags.description.clone().unwrap_or_default();
             export.offset = flags.offset.unwrap_or(Size(0));
             export.size = flags.size;
+            if !flags.allow.is_empty() {
+                match AllowList::parse(&flags.allow) {
+                    Ok(list) => export.allow = Some(list),
+                    Err(why) => return flag_error(format!("--allow {why}")),
+                }
+            }
             if let Err(why) = check_string(&export.name) {
                 return flag_error(format!("--export: the name {why}"));
             }
@@ -703,6 +865,7 @@ impl Config {
             export.discard = flags.discard.unwrap_or(export.discard);
             export.lock = flags.lock.unwrap_or(export.lock);
         }
+        self.apply_tls(flags)?;
         if self.exports.is_empty() {
             return flag_error(match &flags.config {
                 None => "nothing to serve; name an image (conbd serve disk.raw) or a configuration (--config FILE)".to_owned(),
@@ -713,6 +876,64 @@ impl Config {
             });
         }
         Ok(())
+    }
+}
+
+impl Config {
+    /// Lays the TLS flags over the file, and checks what came of it.
+    fn apply_tls(&mut self, flags: &ServeFlags) -> Result<(), ConfigError> {
+        let files = &mut self.tls.files;
+        let given = [
+            (&flags.tls_cert, &mut files.cert),
+            (&flags.tls_key, &mut files.key),
+            (&flags.tls_ca, &mut files.ca),
+            (&flags.tls_crl, &mut files.crl),
+            (&flags.tls_psk, &mut files.psk),
+        ];
+        for (flag, file) in given {
+            if flag.is_some() {
+                file.clone_from(flag);
+            }
+        }
+        files.verify_client |= flags.tls_ca.is_some();
+        self.tls.mode = flags.tls.unwrap_or(self.tls.mode);
+        self.tls.check().map_err(|why| ConfigError::Flags(format!("TLS: {why}")))?;
+        let mode = self.tls.mode();
+        for export in &self.exports {
+            export
+                .check_tls(mode)
+                .map_err(|why| ConfigError::Flags(format!("export \"{}\": {why}", export.name)))?;
+        }
+        Ok(())
+    }
+}
+
+fn check_tls(
+    source: &Source<'_>,
+    base: &Path,
+    table: Option<Spanned<TlsTable>>,
+) -> Result<TlsConfig, ConfigError> {
+    let Some(table) = table else { return Ok(TlsConfig::default()) };
+    let span = table.span();
+    let table = table.into_inner();
+    let path = |path: Option<PathBuf>| path.map(|p| base.join(p));
+    let files = TlsFiles {
+        verify_client: table.verify_client.unwrap_or(table.ca.is_some()),
+        cert: path(table.cert),
+        key: path(table.key),
+        ca: path(table.ca),
+        crl: path(table.crl),
+        psk: path(table.psk),
+    };
+    let tls = TlsConfig { mode: table.mode.unwrap_or_default(), files };
+    // Flags may still add what is missing; what contradicts itself is wrong whatever they say.
+    let contradiction = match (&tls.files.cert, &tls.files.key) {
+        (Some(_), Some(_)) | (None, None) => None,
+        _ => tls.check().err(),
+    };
+    match contradiction {
+        Some(why) => Err(source.error(&span, why)),
+        None => Ok(tls),
     }
 }
 
@@ -869,6 +1090,11 @@ fn check_exports(
         export.discard = table.discard.unwrap_or_default();
         export.lock = table.lock.unwrap_or_default();
         export.offset = table.offset.unwrap_or(Size(0));
+        export.tls = table.tls.map(Spanned::into_inner).unwrap_or_default();
+        if let Some(allow) = table.allow {
+            let list = AllowList::parse(allow.get_ref());
+            export.allow = Some(list.map_err(|why| source.error(&allow.span(), format!("allow: {why}")))?);
+        }
         exports.push(export);
     }
     Ok(exports)
@@ -1000,6 +1226,7 @@ mod tests {
         let section = |name: &str| table[name].as_table().expect(name).keys().collect::<Vec<_>>();
         check("server", section("server"), keys::<ServerTable>());
         check("limits", section("limits"), keys::<LimitsTable>());
+        check("tls", section("tls"), keys::<TlsTable>());
         check("log", section("log"), keys::<LogTable>());
         let export = table["export"][0].as_table().expect("export");
         check("export", export.keys().collect(), keys::<ExportTable>());
@@ -1007,13 +1234,20 @@ mod tests {
 
     #[test]
     fn the_examples_commented_values_are_the_defaults() {
-        // `size` has no default; the example shows one.
-        let text = uncommented().replace("\nsize = \"10G\"", "\n");
+        // What has no default is shown by an example.
+        let no_default =
+            ["size =", "cert =", "key =", "ca =", "crl =", "verify_client =", "psk =", "allow ="];
+        let text: String = uncommented()
+            .lines()
+            .filter(|line| !no_default.iter().any(|key| line.starts_with(key)))
+            .map(|line| format!("{line}\n"))
+            .collect();
         let all = Config::parse("conbd.toml", Path::new(""), &text).expect("the example is right");
         let bare = Config::parse("conbd.toml", Path::new(""), EXAMPLE).expect("the example is right");
         assert_eq!(all, bare, "a commented value is not the default");
         assert_eq!(bare.server, ServerConfig::default());
         assert_eq!(bare.limits, LimitsConfig::default());
+        assert_eq!(bare.tls, TlsConfig::default());
         assert_eq!(bare.log, LogConfig::default());
         assert_eq!(bare.exports, [ExportConfig::new("", Path::new("disk.raw"))]);
     }

@@ -21,10 +21,12 @@
 use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig};
 use crate::block::{self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions};
 use crate::config::{Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, check_filter};
-use crate::nbd::client::Uri;
+use crate::nbd::access::TlsMode;
+use crate::nbd::client::{Uri, UriTls};
 use crate::nbd::export::{Export, ExportError, ExportOptions, ExportTable};
 use crate::nbd::proto::{NBD_CMD_READ, NBD_CMD_WRITE};
-use crate::nbd::server::{ListenAddr, NbdStats, Server, ServerConfig, ServerError};
+use crate::nbd::server::{ListenAddr, NbdStats, Server, ServerConfig, ServerError, ServerTls};
+use crate::nbd::tls::{TlsError, TlsServerConfig};
 use crate::telemetry::{self, LogGuard};
 use crate::util::fast::FastPaths;
 use crate::util::sys;
@@ -78,6 +80,9 @@ pub enum DaemonError {
     /// What the NBD layer does not take.
     #[error("{0}")]
     Export(#[from] ExportError),
+    /// Certificates, keys.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A listener.
     #[error("{0}")]
     Listen(String),
@@ -122,6 +127,14 @@ pub fn check(config: &Config) -> Result<Outcome, DaemonError> {
         if let Err(e) = resolve(listen) {
             problems.push(e.to_string());
         }
+    }
+    match load_tls(config) {
+        Ok(tls) => {
+            for note in tls.iter().flat_map(|tls| tls.config.notes()) {
+                lines.push_str(&format!("note: {note}\n"));
+            }
+        }
+        Err(e) => problems.push(e.to_string()),
     }
     if !problems.is_empty() {
         return Err(DaemonError::Check { problems, total: config.exports.len() });
@@ -220,6 +233,8 @@ impl Daemon {
                 name: export.name.clone(),
                 description: export.description.clone(),
                 read_only: export.read_only,
+                tls_required: !export.in_the_clear(config.tls.mode()),
+                allow: export.allow.clone(),
                 ..ExportOptions::default()
             };
             let made = Export::new(options, backend)?;
@@ -289,6 +304,8 @@ impl Daemon {
         let table = self.server.exports().snapshot();
         for export in table.list() {
             for address in self.server.bound_addrs() {
+                // Credentials are the client's: it adds its own to the URI.
+                let secure = export.tls_required();
                 let uri = match address {
                     ListenAddr::Tcp(address) => Uri::tcp(*address, export.name()),
                     ListenAddr::Unix(path) => {
@@ -296,6 +313,7 @@ impl Daemon {
                         Uri::unix(&path, export.name())
                     }
                 };
+                let uri = if secure { uri.with_tls(UriTls::default()) } else { uri };
                 info!(uri = %uri, "serving");
                 lines.push_str(&format!("{uri}\n"));
             }
@@ -446,6 +464,31 @@ fn resolve(listen: &str) -> Result<Vec<ListenAddr>, DaemonError> {
     Ok(addresses)
 }
 
+/// Says so when anybody on a network can write an export.
+fn warn_of_the_clear(config: &Config, listen: &[ListenAddr]) {
+    let open_to_all = listen.iter().find(|l| matches!(l, ListenAddr::Tcp(a) if !a.ip().is_loopback()));
+    let Some(ListenAddr::Tcp(address)) = open_to_all else { return };
+    let mode = config.tls.mode();
+    for export in config.exports.iter().filter(|e| !e.read_only && e.allow.is_none() && e.in_the_clear(mode))
+    {
+        warn!(
+            address = %address,
+            export = export.name,
+            "ANYBODY WHO REACHES THIS ADDRESS CAN WRITE THIS EXPORT, WITHOUT TLS: set --tls-cert and --tls-key or --tls-psk, or use loopback, a unix socket or a network that you trust"
+        );
+    }
+}
+
+/// Loads the TLS credentials, if TLS is on. Blocks: nothing is served yet.
+fn load_tls(config: &Config) -> Result<Option<ServerTls>, TlsError> {
+    let mode = config.tls.mode();
+    if mode == TlsMode::Off {
+        return Ok(None);
+    }
+    let credentials = TlsServerConfig::load(&config.tls.files)?;
+    Ok(Some(ServerTls { mode, config: credentials, authz: None }))
+}
+
 fn start_server(
     config: &Config,
     table: Arc<ExportTable>,
@@ -457,15 +500,11 @@ fn start_server(
         listen.extend(resolve(address)?);
     }
     listen.extend(config.server.socket.iter().cloned().map(ListenAddr::Unix));
-    let open_to_all = listen.iter().find(|l| matches!(l, ListenAddr::Tcp(a) if !a.ip().is_loopback()));
-    if let Some(ListenAddr::Tcp(address)) = open_to_all
-        && config.exports.iter().any(|e| !e.read_only)
-    {
-        warn!(
-            address = %address,
-            "whoever reaches this address can write the exports: there is no TLS yet; use loopback, a unix socket or a network that you trust"
-        );
+    let tls = load_tls(config)?;
+    for note in tls.iter().flat_map(|tls| tls.config.notes()) {
+        warn!(note, "TLS");
     }
+    warn_of_the_clear(config, &listen);
     let limits = &config.limits;
     let server_config = ServerConfig {
         listen,
@@ -477,7 +516,7 @@ fn start_server(
         total_bytes: limits.bytes_total.0,
         total_requests: u32::try_from(limits.requests_total).unwrap_or(u32::MAX),
         stall_timeout: limits.stall_timeout,
-        tls: None,
+        tls,
     };
     let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
     Server::start(server_config, table, contexts, main).map_err(|e| DaemonError::Listen(explain(&e)))

@@ -3,6 +3,7 @@
 //! Runs one negotiation in a coroutine on the main thread's AioContext.
 
 use super::{EXIT_OK, Failure, run_coroutine, with_sources, write_out};
+use crate::nbd::access::TlsPeer;
 use crate::nbd::client::{Client, ClientError, ExportInfo, ListEntry, Negotiation, Uri};
 use crate::nbd::proto::{NBD_OPT_INFO, NBD_REP_ERR_UNSUP, TransmissionFlags};
 use clap::Args;
@@ -23,7 +24,8 @@ const DETAILS_MAX: usize = 1000;
     after_help = "Examples:\n  conbd inspect nbd://localhost/\n  conbd inspect 'nbd+unix:///disk?socket=/run/disk.sock' --json"
 )]
 pub(crate) struct InspectArgs {
-    /// The server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`
+    /// The server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; with TLS `nbds:` and
+    /// `nbds+unix:`, and the parameters tls-certificates=DIR, tls-psk-file=FILE, tls-hostname=NAME
     uri: String,
 
     /// Print a JSON object
@@ -39,6 +41,7 @@ struct Details {
 
 struct Report {
     fixed: bool,
+    tls: Option<TlsPeer>,
     structured: bool,
     /// None when the server does not list exports.
     list: Option<Vec<ListEntry>>,
@@ -57,9 +60,14 @@ pub(crate) fn run(args: &InspectArgs) -> Result<u8, Failure> {
 }
 
 fn co_inspect(uri: &Uri) -> Result<Report, ClientError> {
-    let mut negotiation = Negotiation::co_open(&uri.address)?;
-    let mut report =
-        Report { fixed: negotiation.is_fixed(), structured: false, list: None, exports: Vec::new() };
+    let mut negotiation = Negotiation::co_open_uri(uri)?;
+    let mut report = Report {
+        fixed: negotiation.is_fixed(),
+        tls: negotiation.tls().cloned(),
+        structured: false,
+        list: None,
+        exports: Vec::new(),
+    };
     if !report.fixed {
         report.exports.push(co_by_connecting(negotiation, &uri.export)?);
         return Ok(report);
@@ -95,7 +103,7 @@ fn co_ask(negotiation: &mut Negotiation, uri: &Uri, report: &mut Report) -> Resu
             Ok(info) => info,
             Err(ClientError::Refused { option: NBD_OPT_INFO, reply: NBD_REP_ERR_UNSUP, .. }) => {
                 // An old server: the only way to learn more is to choose the export, on a connection of its own.
-                let details = co_by_connecting(Negotiation::co_open(&uri.address)?, name)?;
+                let details = co_by_connecting(Negotiation::co_open_uri(uri)?, name)?;
                 report.exports.push(details);
                 continue;
             }
@@ -154,7 +162,10 @@ fn as_json(uri: &Uri, report: &Report) -> Value {
         "uri": uri.to_string(),
         "protocol": if report.fixed { "newstyle-fixed" } else { "newstyle" },
         "structured_replies": report.structured,
-        "tls": false,
+        "tls": report.tls.is_some(),
+        "tls_version": report.tls.as_ref().map(|tls| &tls.version),
+        "tls_cipher": report.tls.as_ref().map(|tls| &tls.cipher),
+        "tls_server": report.tls.as_ref().and_then(|tls| tls.certificate.as_ref()).map(|c| c.dn.to_string()),
         "listed": report.list.as_ref().map(Vec::len),
         "exports": exports,
     })
@@ -171,7 +182,14 @@ fn as_text(uri: &Uri, report: &Report) -> String {
     let style = if report.fixed { "fixed newstyle" } else { "newstyle" };
     let replies = if report.structured { "structured replies" } else { "simple replies" };
     // Writing to a String cannot fail.
-    let _ = writeln!(out, "{uri}\nprotocol: {style}, {replies}, no TLS");
+    let tls = match &report.tls {
+        Some(tls) => format!("{} ({})", tls.version, tls.cipher),
+        None => "no TLS".to_owned(),
+    };
+    let _ = writeln!(out, "{uri}\nprotocol: {style}, {replies}, {tls}");
+    if let Some(certificate) = report.tls.as_ref().and_then(|tls| tls.certificate.as_ref()) {
+        let _ = writeln!(out, "server certificate: {}", certificate.dn);
+    }
     if let Some(list) = &report.list {
         let _ = writeln!(out, "exports listed: {}", list.len());
         if list.len() > report.exports.len() {

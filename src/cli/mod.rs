@@ -44,7 +44,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     Bench(bench::BenchArgs),
     Inspect(inspect::InspectArgs),
     #[command(hide = true)]

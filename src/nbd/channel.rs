@@ -38,6 +38,8 @@ const RECORDS: usize = 15;
 const CONTROL: usize = 64 << 10;
 /// The output buffer.
 const OUT: usize = RECORDS * (RECORD + OVERHEAD) + CONTROL;
+/// OpenSSL's `X509_V_ERR_UNSPECIFIED`.
+const VERIFY_UNSPECIFIED: i32 = 1;
 /// The input buffer: what one `recv` takes (ours).
 const IN: usize = 128 << 10;
 
@@ -317,14 +319,19 @@ impl Channel {
         }
     }
 
-    /// Ends the stream: in TLS by a close_notify behind all that was written, then the socket is shut down. Nobody else may be
-    /// sending. Yields while the peer takes nothing, up to the deadline; not after an interrupt.
-    pub fn co_close(&self) {
+    /// Says that nothing more will be written: in TLS a close_notify behind all that was. Nobody else may be sending. Yields
+    /// while the peer takes nothing, up to the deadline; not after an interrupt.
+    pub fn co_say_goodbye(&self) {
         if let Channel::Tls(tls) = self {
             tls.say_goodbye();
             // The peer may be gone, or not reading: it is told as far as it listens.
             let _ = self.co_flush();
         }
+    }
+
+    /// Ends the stream: [`Channel::co_say_goodbye`], then the socket is shut down.
+    pub fn co_close(&self) {
+        self.co_say_goodbye();
         let _ = self.stream().shutdown(std::net::Shutdown::Both); // the peer may be gone already
     }
 
@@ -474,8 +481,10 @@ fn co_handshake(
             Outcome::Ended | Outcome::Cut => return Err(HandshakeError::Closed),
             Outcome::Failed(why) => {
                 let verdict = ssl.ssl().verify_result();
+                // "Unspecified" is what it says before anything was verified.
                 return Err(HandshakeError::Tls(match verdict {
                     X509VerifyResult::OK => why,
+                    verdict if verdict.as_raw() == VERIFY_UNSPECIFIED => why,
                     verdict => format!("{why}: {}", verdict.error_string()),
                 }));
             }

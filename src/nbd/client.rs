@@ -18,7 +18,10 @@
 //! No std lock is held across a yield. End a client with [`Client::co_close`]; one that is dropped is cut,
 //! and its two coroutines end by themselves as long as the home loop runs.
 
+use super::access::TlsPeer;
+use super::channel::Channel;
 use super::proto::*;
+use super::tls::{TlsClientConfig, TlsClientFiles, TlsError};
 use super::wire::{
     BlockSizes, Chunk, ChunkHeader, ExportNameReply, Greeting, InfoRequest, MetaContextRequest,
     OptionReplyHeader, ProtocolError, RepInfo, RepMetaContext, RepServer, ReplyHeader, RequestHeader,
@@ -94,6 +97,17 @@ pub struct Uri {
     pub address: Address,
     /// The export; "" is the default one.
     pub export: String,
+    /// How to make TLS; `None`: in the clear.
+    pub tls: Option<UriTls>,
+}
+
+/// The TLS part of an NBD URI (`nbds:`, `nbds+unix:`), in libnbd's terms.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UriTls {
+    /// `tls-certificates`, `tls-psk-file`, `tls-verify-peer`, and the user before the host (or `tls-username`).
+    pub files: TlsClientFiles,
+    /// `tls-hostname`: the name that the server's certificate must have, if not the host's.
+    pub hostname: Option<String>,
 }
 
 /// Why a text is no NBD URI that we can use.
@@ -113,13 +127,29 @@ impl Uri {
             std::net::IpAddr::V6(ip) if ip.is_unspecified() => "::1".to_owned(),
             ip => ip.to_string(),
         };
-        Uri { address: Address::Tcp { host: ip, port: address.port() }, export: export.to_owned() }
+        let address = Address::Tcp { host: ip, port: address.port() };
+        Uri { address, export: export.to_owned(), tls: None }
     }
 
     /// The URI of a unix listener's export.
     #[must_use]
     pub fn unix(path: &Path, export: &str) -> Uri {
-        Uri { address: Address::Unix(path.to_owned()), export: export.to_owned() }
+        Uri { address: Address::Unix(path.to_owned()), export: export.to_owned(), tls: None }
+    }
+
+    /// The same with TLS.
+    #[must_use]
+    pub fn with_tls(self, tls: UriTls) -> Uri {
+        Uri { tls: Some(tls), ..self }
+    }
+
+    /// The name that the server's certificate must have. A unix socket has none of its own.
+    fn tls_hostname(&self) -> String {
+        let named = self.tls.as_ref().and_then(|tls| tls.hostname.clone());
+        named.unwrap_or_else(|| match &self.address {
+            Address::Tcp { host, .. } => host.clone(),
+            _ => "localhost".to_owned(),
+        })
     }
 }
 
@@ -157,6 +187,10 @@ impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut export = String::new();
         percent_encode(self.export.as_bytes(), b":@!$&'()*+,;=", &mut export);
+        let (s, user, parameters) = match &self.tls {
+            None => ("", String::new(), Vec::new()),
+            Some(tls) => ("s", tls.user(), tls.parameters()),
+        };
         match &self.address {
             Address::Tcp { host, port } => {
                 let mut encoded = String::new();
@@ -164,14 +198,74 @@ impl fmt::Display for Uri {
                 if host.contains(':') {
                     encoded = format!("[{encoded}]");
                 }
-                write!(f, "nbd://{encoded}:{port}/{export}")
+                write!(f, "nbd{s}://{user}{encoded}:{port}/{export}")?;
+                if parameters.is_empty() { Ok(()) } else { write!(f, "?{}", parameters.join("&")) }
             }
             Address::Unix(path) => {
                 let mut socket = String::new();
                 percent_encode(path.as_os_str().as_bytes(), b"", &mut socket);
-                write!(f, "nbd+unix:///{export}?socket={socket}")
+                write!(f, "nbd{s}+unix://{user}/{export}?socket={socket}")?;
+                parameters.iter().try_for_each(|parameter| write!(f, "&{parameter}"))
             }
         }
+    }
+}
+
+impl UriTls {
+    fn user(&self) -> String {
+        let mut user = String::new();
+        if let Some(name) = &self.files.user {
+            percent_encode(name.replace('/', "%2F").as_bytes(), b"%", &mut user);
+            user.push('@');
+        }
+        user
+    }
+
+    fn parameters(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut add = |key: &str, value: &[u8]| {
+            let mut text = format!("{key}=");
+            percent_encode(value, b"", &mut text);
+            all.push(text);
+        };
+        if let Some(dir) = &self.files.dir {
+            add("tls-certificates", dir.as_os_str().as_bytes());
+        }
+        if let Some(file) = &self.files.psk {
+            add("tls-psk-file", file.as_os_str().as_bytes());
+        }
+        if let Some(name) = &self.hostname {
+            add("tls-hostname", name.as_bytes());
+        }
+        if !self.files.verify {
+            add("tls-verify-peer", b"false");
+        }
+        all
+    }
+
+    /// Takes a `tls-` parameter of a URI.
+    fn set(&mut self, key: &str, value: Vec<u8>) -> Result<(), String> {
+        let text = |value| String::from_utf8(value).map_err(|_| format!("{key} is not UTF-8"));
+        let path = |value| Some(PathBuf::from(std::ffi::OsString::from_vec(value)));
+        match key {
+            "tls-certificates" => self.files.dir = path(value),
+            "tls-psk-file" => self.files.psk = path(value),
+            "tls-username" => self.files.user = Some(text(value)?),
+            "tls-hostname" => self.hostname = Some(text(value)?),
+            "tls-verify-peer" => {
+                self.files.verify = match text(value)?.as_str() {
+                    "true" | "1" | "yes" | "on" => true,
+                    "false" | "0" | "no" | "off" => false,
+                    other => return Err(format!("tls-verify-peer={other}: write true or false")),
+                }
+            }
+            _ => {
+                return Err(format!(
+                    "unknown parameter \"{key}\"; for TLS there are tls-certificates, tls-psk-file, tls-username, tls-hostname and tls-verify-peer"
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -186,12 +280,11 @@ impl std::str::FromStr for Uri {
 fn parse_uri(text: &str) -> Result<Uri, String> {
     const FORMS: &str = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH";
     let (scheme, rest) = text.split_once(':').ok_or_else(|| format!("no URI; {FORMS}"))?;
-    let unix = match scheme.to_ascii_lowercase().as_str() {
-        "nbd" => false,
-        "nbd+unix" => true,
-        "nbds" | "nbds+unix" => {
-            return Err("TLS comes in a later version; use nbd:// or nbd+unix:// for now".to_owned());
-        }
+    let (unix, mut tls) = match scheme.to_ascii_lowercase().as_str() {
+        "nbd" => (false, None),
+        "nbd+unix" => (true, None),
+        "nbds" => (false, Some(UriTls::default())),
+        "nbds+unix" => (true, Some(UriTls::default())),
         "nbd+vsock" | "nbds+vsock" => return Err(format!("vsock is not supported; {FORMS}")),
         other => return Err(format!("unknown scheme \"{other}\"; {FORMS}")),
     };
@@ -216,9 +309,18 @@ fn parse_uri(text: &str) -> Result<Uri, String> {
         let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match key {
             "socket" => socket = Some(percent_decode(value)?),
-            _ if key.starts_with("tls-") => return Err(format!("{key}: TLS comes in a later version")),
+            _ if key.starts_with("tls-") => match &mut tls {
+                Some(tls) => tls.set(key, percent_decode(value)?)?,
+                None => return Err(format!("{key} needs the scheme nbds: or nbds+unix:")),
+            },
             _ => return Err(format!("unknown parameter \"{key}\"; only socket= is known")),
         }
+    }
+    let (user, authority) = authority.rsplit_once('@').map_or((None, authority), |(u, host)| (Some(u), host));
+    if let (Some(user), Some(tls)) = (user.filter(|u| !u.is_empty()), &mut tls) {
+        let user =
+            String::from_utf8(percent_decode(user)?).map_err(|_| "the user is not UTF-8".to_owned())?;
+        tls.files.user.get_or_insert(user);
     }
     if unix {
         let socket = socket
@@ -232,12 +334,12 @@ fn parse_uri(text: &str) -> Result<Uri, String> {
         return Ok(Uri {
             address: Address::Unix(PathBuf::from(std::ffi::OsString::from_vec(socket))),
             export,
+            tls,
         });
     }
     if socket.is_some() {
         return Err("socket= needs the scheme nbd+unix:".to_owned());
     }
-    let authority = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     let (host, port) = match authority.strip_prefix('[') {
         Some(v6) => {
             let (host, after) = v6.split_once(']').ok_or("the IPv6 address has no closing bracket")?;
@@ -260,7 +362,7 @@ fn parse_uri(text: &str) -> Result<Uri, String> {
     };
     let host = String::from_utf8(percent_decode(host)?).map_err(|_| "the host is not UTF-8".to_owned())?;
     let host = if host.is_empty() { "localhost".to_owned() } else { host };
-    Ok(Uri { address: Address::Tcp { host, port }, export })
+    Ok(Uri { address: Address::Tcp { host, port }, export, tls })
 }
 
 // ---------------------------------------------------------------------------------------------------- errors
@@ -275,6 +377,17 @@ pub enum ClientError {
         address: Address,
         /// Why.
         source: io::Error,
+    },
+    /// Our credentials cannot be used.
+    #[error(transparent)]
+    Credentials(#[from] TlsError),
+    /// TLS could not be made.
+    #[error("no TLS with {address}: {why}")]
+    Tls {
+        /// With whom.
+        address: Address,
+        /// Why.
+        why: String,
     },
     /// The connection broke.
     #[error("connection lost while {doing}")]
@@ -387,8 +500,9 @@ pub struct ListEntry {
 
 /// A connection in its handshake. Coroutine only; stays on the context where it was made.
 pub struct Negotiation {
-    stream: Arc<CoStream>,
+    stream: Channel,
     address: Address,
+    tls: Option<TlsPeer>,
     fixed: bool,
     no_zeroes: bool,
     structured: bool,
@@ -406,10 +520,11 @@ impl Negotiation {
         let fd = co_run_blocking(move || connect(&to))
             .map_err(|source| ClientError::Connect { address: address.clone(), source })?;
         let failed = |source| ClientError::Connect { address: address.clone(), source };
-        let stream = CoStream::new(fd).map_err(failed)?;
+        let stream = Channel::Plain(CoStream::new(fd).map_err(failed)?);
         let mut negotiation = Negotiation {
             stream,
             address: address.clone(),
+            tls: None,
             fixed: false,
             no_zeroes: false,
             structured: false,
@@ -426,6 +541,48 @@ impl Negotiation {
         answer.set(ClientFlags::NBD_FLAG_C_NO_ZEROES, negotiation.no_zeroes);
         negotiation.co_write(&answer.bits().to_be_bytes())?;
         Ok(negotiation)
+    }
+
+    /// Connects to the URI's server, exchanges the greetings, and makes TLS if the URI says so. Yields.
+    ///
+    /// # Errors
+    /// As [`Negotiation::co_open`]; `Credentials`, `Tls`, `Refused` (by a server without TLS).
+    pub fn co_open_uri(uri: &Uri) -> Result<Negotiation> {
+        // What is wrong with our files is known before anybody is bothered.
+        let config = match &uri.tls {
+            None => None,
+            Some(tls) => {
+                let files = tls.files.clone();
+                Some(co_run_blocking(move || TlsClientConfig::load(&files))?)
+            }
+        };
+        let mut negotiation = Negotiation::co_open(&uri.address)?;
+        if let Some(config) = config {
+            negotiation.co_start_tls(&config, &uri.tls_hostname())?;
+        }
+        Ok(negotiation)
+    }
+
+    fn co_start_tls(&mut self, config: &TlsClientConfig, host: &str) -> Result<()> {
+        self.co_option(NBD_OPT_STARTTLS, &[])?;
+        match self.co_reply(NBD_OPT_STARTTLS)? {
+            (NBD_REP_ACK, _) => {}
+            (other, _) => return Err(Self::unexpected(NBD_OPT_STARTTLS, other)),
+        }
+        self.deadline();
+        let now = AioContext::current().map_or(0, |ctx| ctx.now_ns());
+        let deadline = now.saturating_add(NEGOTIATION_TIMEOUT.as_nanos() as u64);
+        let (channel, peer) = Channel::co_connect(self.stream.stream(), config, host, deadline)
+            .map_err(|e| ClientError::Tls { address: self.address.clone(), why: e.to_string() })?;
+        self.stream = channel;
+        self.tls = Some(peer);
+        Ok(())
+    }
+
+    /// What TLS has proved about the server; `None` in the clear.
+    #[must_use]
+    pub fn tls(&self) -> Option<&TlsPeer> {
+        self.tls.as_ref()
     }
 
     /// Whether the server speaks fixed newstyle: only then there are other options than EXPORT_NAME.
@@ -638,6 +795,7 @@ impl Negotiation {
         if self.fixed && self.co_option(NBD_OPT_ABORT, &[]).is_ok() {
             let _ = self.co_reply(NBD_OPT_ABORT);
         }
+        self.stream.co_say_goodbye();
     }
 
     /// Chooses the export and begins the transmission phase. Falls back to `NBD_OPT_EXPORT_NAME` for a server
@@ -813,7 +971,7 @@ struct State {
 }
 
 struct Shared {
-    stream: Arc<CoStream>,
+    stream: Channel,
     structured: bool,
     home: Arc<AioContext>,
     /// Never held across a yield; only the home thread locks it, so it never waits.
@@ -883,7 +1041,7 @@ impl Client {
     /// # Errors
     /// Whatever connecting and negotiating report.
     pub fn co_connect(uri: &Uri) -> Result<Client> {
-        let mut negotiation = Negotiation::co_open(&uri.address)?;
+        let mut negotiation = Negotiation::co_open_uri(uri)?;
         if negotiation.co_structured_reply()? {
             match negotiation.co_set_meta_context(&uri.export, &["base:allocation"]) {
                 // A server without contexts is fine; one without the export says so again at GO.
@@ -944,7 +1102,7 @@ impl Client {
     /// A handle for other threads that cuts the connection.
     #[must_use]
     pub fn interrupter(&self) -> Interrupter {
-        Interrupter(Arc::clone(&self.shared.stream))
+        Interrupter(Arc::clone(self.shared.stream.stream()))
     }
 
     /// Requests that wait for their answer.
@@ -1141,7 +1299,7 @@ impl Client {
         self.shared.stream.set_read_deadline(Some(deadline));
         self.shared.stream.set_write_deadline(Some(deadline));
         // The receiver is waiting already, without a deadline: let it take notice of the new one.
-        self.shared.stream.kick_reader();
+        self.shared.stream.stream().kick_reader();
         loop {
             {
                 let mut state = self.shared.lock();
@@ -1241,6 +1399,7 @@ fn co_send_loop(shared: &Arc<Shared>) {
             break;
         }
         if disconnecting {
+            shared.stream.co_say_goodbye();
             break;
         }
     }
@@ -1249,7 +1408,7 @@ fn co_send_loop(shared: &Arc<Shared>) {
 
 /// Bytes read ahead from the socket.
 struct ReceiveBuffer<'a> {
-    stream: &'a CoStream,
+    stream: &'a Channel,
     buf: IoBuf,
     start: usize,
     end: usize,

@@ -200,7 +200,8 @@ impl Drop for Listener {
 }
 
 /// The URI of an export at an address, as libnbd and qemu understand it.
-pub(super) fn uri(addr: &ListenAddr, export: &str) -> String {
+pub(super) fn uri(addr: &ListenAddr, export: &str, tls: bool) -> String {
+    let s = if tls { "s" } else { "" };
     match addr {
         ListenAddr::Tcp(addr) => {
             let ip = match addr.ip() {
@@ -210,8 +211,8 @@ pub(super) fn uri(addr: &ListenAddr, export: &str) -> String {
             };
             let host = SocketAddr::new(ip, addr.port());
             match export {
-                "" => format!("nbd://{host}"),
-                name => format!("nbd://{host}/{}", percent_encode(name.as_bytes())),
+                "" => format!("nbd{s}://{host}"),
+                name => format!("nbd{s}://{host}/{}", percent_encode(name.as_bytes())),
             }
         }
         ListenAddr::Unix(path) => {
@@ -219,7 +220,7 @@ pub(super) fn uri(addr: &ListenAddr, export: &str) -> String {
             // A relative path would mean something else to a client started elsewhere.
             let absolute: PathBuf = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             let socket = percent_encode(absolute.as_os_str().as_bytes());
-            format!("nbd+unix:///{}?socket={socket}", percent_encode(export.as_bytes()))
+            format!("nbd{s}+unix:///{}?socket={socket}", percent_encode(export.as_bytes()))
         }
     }
 }
@@ -244,13 +245,15 @@ mod tests {
 
     #[test]
     fn uris_are_what_clients_parse() {
-        let check = |addr: ListenAddr, export: &str, want: &str| assert_eq!(uri(&addr, export), want);
+        let check = |addr: ListenAddr, export: &str, want: &str| assert_eq!(uri(&addr, export, false), want);
         let tcp = |s: &str| ListenAddr::Tcp(s.parse().unwrap());
         check(tcp("127.0.0.1:10809"), "", "nbd://127.0.0.1:10809");
         check(tcp("0.0.0.0:1"), "a b/ü", "nbd://127.0.0.1:1/a%20b/%C3%BC");
         check(tcp("[::]:1"), "x", "nbd://[::1]:1/x");
         check(ListenAddr::Unix("/run/n b.sock".into()), "", "nbd+unix:///?socket=/run/n%20b.sock");
         check(ListenAddr::Unix("/s".into()), "d?k", "nbd+unix:///d%3Fk?socket=/s");
+        assert_eq!(uri(&ListenAddr::Unix("/s".into()), "d", true), "nbds+unix:///d?socket=/s");
+        assert_eq!(uri(&tcp("127.0.0.1:1"), "d", true), "nbds://127.0.0.1:1/d");
     }
 
     #[test]

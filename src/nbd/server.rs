@@ -635,7 +635,14 @@ impl Server {
     /// `nbd+unix:///disk?socket=/run/nbd.sock`. An address that stands for all is given as the loopback one.
     #[must_use]
     pub fn uris(&self, export: &str) -> Vec<String> {
-        self.addrs.iter().map(|addr| listen::uri(addr, export)).collect()
+        let tls = match self.shared.tls_mode() {
+            TlsMode::Off => false,
+            TlsMode::Required => true,
+            TlsMode::Selective => {
+                self.shared.exports.snapshot().find(export).is_some_and(|e| e.tls_required())
+            }
+        };
+        self.addrs.iter().map(|addr| listen::uri(addr, export, tls)).collect()
     }
 
     /// The export table; replace it through this.

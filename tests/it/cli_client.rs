@@ -4,6 +4,7 @@
 use crate::cli_harness::{Claims, FakeServer, greet, handshake, in_coroutine, read_option, read_request};
 use conbd::nbd::client::{Address, Client, ClientError, Negotiation, Uri};
 use conbd::nbd::proto::*;
+use conbd::nbd::tls::TlsClientFiles;
 use conbd::nbd::wire::{
     BlockSizes, ChunkHeader, RepInfo, RequestHeader, SimpleReply, StatusExtent, encode_none,
     encode_offset_data, encode_offset_hole, put_block_status, put_error_chunk, put_option_reply,
@@ -18,10 +19,12 @@ fn uris_are_read_as_the_document_says() {
     let tcp = |host: &str, port, export: &str| Uri {
         address: Address::Tcp { host: host.to_owned(), port },
         export: export.to_owned(),
+        tls: None,
     };
     let unix = |path: &str, export: &str| Uri {
         address: Address::Unix(PathBuf::from(path)),
         export: export.to_owned(),
+        tls: None,
     };
     for (text, expected) in [
         ("nbd://example.com/disk", tcp("example.com", 10809, "disk")),
@@ -46,14 +49,43 @@ fn uris_are_read_as_the_document_says() {
 }
 
 #[test]
+fn uris_with_tls_are_read_as_libnbd_reads_them() {
+    let files = |dir: Option<&str>, psk: Option<&str>, user: Option<&str>, verify| TlsClientFiles {
+        dir: dir.map(PathBuf::from),
+        psk: psk.map(PathBuf::from),
+        user: user.map(str::to_owned),
+        verify,
+    };
+    for (text, want, hostname) in [
+        ("nbds://h/x", files(None, None, None, true), None),
+        ("nbds://alice@h:7/x?tls-psk-file=/k%20s", files(None, Some("/k s"), Some("alice"), true), None),
+        ("nbds://h/?tls-certificates=/c&tls-hostname=n", files(Some("/c"), None, None, true), Some("n")),
+        (
+            "nbds+unix://al%40ice@/x?socket=/s&tls-psk-file=k",
+            files(None, Some("k"), Some("al@ice"), true),
+            None,
+        ),
+        ("nbds+unix:///x?socket=/s&tls-username=bob", files(None, None, Some("bob"), true), None),
+        ("nbds://h/?tls-verify-peer=false", files(None, None, None, false), None),
+    ] {
+        let uri: Uri = text.parse().unwrap_or_else(|e| panic!("{e}"));
+        let tls = uri.tls.as_ref().unwrap_or_else(|| panic!("{text} has TLS"));
+        assert_eq!(tls.files, want, "{text}");
+        assert_eq!(tls.hostname.as_deref(), hostname, "{text}");
+        assert_eq!(uri.to_string().parse(), Ok(uri.clone()), "{uri}");
+    }
+    assert_eq!("nbds://h:1/x".parse::<Uri>().unwrap().to_string(), "nbds://h:1/x");
+}
+
+#[test]
 fn uris_that_cannot_be_used_are_refused_with_advice() {
     for (text, word) in [
         ("", "nbd://HOST"),
         ("disk.raw", "nbd://HOST"),
         ("http://x/", "unknown scheme \"http\""),
-        ("nbds://x/", "TLS comes in a later version"),
-        ("nbds+unix:///?socket=/s", "TLS comes in a later version"),
-        ("nbd://x/?tls-type=psk", "TLS comes in a later version"),
+        ("nbd://x/?tls-psk-file=/f", "needs the scheme nbds:"),
+        ("nbds://x/?tls-type=psk", "unknown parameter \"tls-type\""),
+        ("nbds://x/?tls-verify-peer=maybe", "true or false"),
         ("nbd+vsock://2/", "vsock"),
         ("nbd:x", "\"//\" is missing"),
         ("nbd://x:port/", "\"port\" is no port"),

@@ -86,7 +86,7 @@ fn our_server_tells_everything() {
     let ended = conbd(&["inspect", &default]);
     assert_eq!(ended.code, Some(1), "a health check fails when nobody is there");
     assert!(ended.error_line().contains("Connection refused"), "{}", ended.stderr);
-    assert_eq!(conbd(&["inspect", "nbds://x/"]).code, Some(2));
+    assert_eq!(conbd(&["inspect", "nbds://x/?tls-type=psk"]).code, Some(2));
 }
 
 #[test]

@@ -208,3 +208,71 @@ fn wrong_flags_are_refused_with_advice() {
         &["empty.toml", "nothing to serve", "[[export]]"],
     );
 }
+
+#[test]
+fn tls_and_allow_lists_are_taken_from_the_file() {
+    use conbd::config::ExportTls;
+    use conbd::nbd::access::TlsMode;
+    let config = parse(
+        r#"
+        [tls]
+        mode = "selective"
+        cert = "c.pem"
+        key = "/k/key.pem"
+        ca = "ca.pem"
+        psk = "keys.psk"
+        [[export]]
+        name = "a"
+        image = "a.raw"
+        tls = "required"
+        allow = ["psk:alice", "dn:CN=x,O=y"]
+        [[export]]
+        name = "b"
+        image = "b.raw"
+        "#,
+    )
+    .unwrap();
+    assert_eq!(config.tls.mode(), TlsMode::Selective);
+    let files = &config.tls.files;
+    assert_eq!(files.cert.as_deref(), Some(Path::new("/etc/conbd/c.pem")), "relative to the file's folder");
+    assert_eq!(files.key.as_deref(), Some(Path::new("/k/key.pem")));
+    assert!(files.verify_client, "a CA is there to verify clients");
+    assert_eq!(config.exports[0].tls, ExportTls::Required);
+    assert!(config.exports[0].allow.is_some());
+    assert!(!config.exports[0].in_the_clear(config.tls.mode()));
+    assert!(config.exports[1].in_the_clear(config.tls.mode()));
+
+    let psk = parse("[tls]\npsk = \"k\"\n[[export]]\nimage = \"a\"\n").unwrap();
+    assert_eq!(psk.tls.mode(), TlsMode::Required, "credentials switch it on");
+    let off = parse("[tls]\nmode = \"off\"\npsk = \"k\"\n[[export]]\nimage = \"a\"\n").unwrap();
+    assert_eq!(off.tls.mode(), TlsMode::Off);
+
+    refused("[tls]\ncert = \"c\"\n", "1:1", &["set key too"]);
+    refused("[tls]\nkey = \"c\"\n", "1:1", &["set cert too"]);
+    refused("[tls]\nmode = \"maybe\"\n", "2:8", &["conbd.toml(5)"]);
+    refused("[[export]]\nimage = \"a\"\nallow = [\"alice\"]\n", "3:9", &["\"alice\"", "psk:"]);
+}
+
+#[test]
+fn tls_that_cannot_be_is_refused() {
+    let load = |text: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("conbd.toml");
+        std::fs::write(&path, text).unwrap();
+        let flags = ServeFlags { config: Some(path), ..ServeFlags::default() };
+        Config::load(&flags).map(drop).map_err(|e| e.to_string())
+    };
+    let export = |lines: &str| format!("[[export]]\nname = \"e\"\nimage = \"a\"\n{lines}\n");
+    let said = |text: String| load(&text).expect_err(&text);
+    assert!(said(export("tls = \"required\"")).contains("export \"e\": the export requires TLS"));
+    assert!(said(export("allow = [\"psk:a\"]")).contains("without TLS"));
+    let selective = "[tls]\nmode = \"selective\"\npsk = \"k\"\n";
+    assert!(said(format!("{selective}{}", export("allow = [\"psk:a\"]"))).contains("tls = \"required\""));
+    assert_eq!(load(&format!("{selective}{}", export("allow = [\"psk:a\"]\ntls = \"required\""))), Ok(()));
+    assert_eq!(load(&format!("{selective}{}", export("allow = [\"psk:a\", \"uid:0\"]"))), Ok(()));
+    assert!(said(format!("[tls]\nmode = \"required\"\n{}", export(""))).contains("cert and key, or psk"));
+    assert!(
+        said(format!("[tls]\npsk = \"k\"\nverify_client = true\n{}", export("")))
+            .contains("verifying clients needs ca")
+    );
+}

@@ -9,6 +9,7 @@ use conbd::nbd::export::{Export, ExportOptions, ExportTable};
 use conbd::nbd::proto::*;
 use conbd::nbd::server::{ListenAddr, Server, ServerConfig, ServerError, ShutdownReport};
 use conbd::nbd::wire::*;
+use openssl::ssl::{HandshakeError, ShutdownState, Ssl, SslStream};
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -117,6 +118,11 @@ impl TestServer {
         wait_for(what, || done(&self.server));
     }
 
+    /// Turns that the IOThreads' loops have made.
+    pub(crate) fn turns(&self) -> u64 {
+        self.threads.iter().map(|t| t.context().counters().turns.get()).sum()
+    }
+
     pub(crate) fn shutdown(&self, grace: Duration) -> ShutdownReport {
         self.server.shutdown(grace)
     }
@@ -163,8 +169,38 @@ pub(crate) fn faulty(name: &str, size: u64) -> (Arc<Export>, Arc<FaultNode>) {
     (export_of(name, fault.clone()), fault)
 }
 
-trait Socket: Read + Write + Send {
+pub(crate) trait Socket: Read + Write + Send {
     fn shutdown(&self, how: std::net::Shutdown) -> io::Result<()>;
+    /// Whether the server has ended the stream by TLS's close_notify.
+    fn goodbye(&mut self) -> bool {
+        false
+    }
+    /// Sends bytes past TLS.
+    fn inject(&mut self, bytes: &[u8]) {
+        self.write_all(bytes).unwrap();
+    }
+}
+impl Socket for Box<dyn Socket> {
+    fn shutdown(&self, how: std::net::Shutdown) -> io::Result<()> {
+        (**self).shutdown(how)
+    }
+    fn goodbye(&mut self) -> bool {
+        (**self).goodbye()
+    }
+    fn inject(&mut self, bytes: &[u8]) {
+        (**self).inject(bytes);
+    }
+}
+impl Socket for SslStream<Box<dyn Socket>> {
+    fn shutdown(&self, how: std::net::Shutdown) -> io::Result<()> {
+        self.get_ref().shutdown(how)
+    }
+    fn goodbye(&mut self) -> bool {
+        self.get_shutdown().contains(ShutdownState::RECEIVED)
+    }
+    fn inject(&mut self, bytes: &[u8]) {
+        self.get_mut().write_all(bytes).unwrap();
+    }
 }
 impl Socket for UnixStream {
     fn shutdown(&self, how: std::net::Shutdown) -> io::Result<()> {
@@ -206,6 +242,39 @@ impl Raw {
         s.set_write_timeout(Some(PATIENCE)).unwrap();
         s.set_nodelay(true).unwrap();
         Raw { s: Box::new(s), size: 0, flags: TransmissionFlags::empty() }
+    }
+
+    /// The same client behind TLS; the server has granted it.
+    pub(crate) fn into_tls(self, ssl: Ssl) -> Result<Raw, String> {
+        match ssl.connect(self.s) {
+            Ok(stream) => Ok(Raw { s: Box::new(stream), ..Raw::bare() }),
+            Err(HandshakeError::SetupFailure(e)) => Err(e.to_string()),
+            Err(HandshakeError::Failure(e) | HandshakeError::WouldBlock(e)) => Err(e.error().to_string()),
+        }
+    }
+
+    /// Placeholder fields; the stream is replaced.
+    fn bare() -> Raw {
+        let (a, _) = UnixStream::pair().unwrap();
+        Raw { s: Box::new(a), size: 0, flags: TransmissionFlags::empty() }
+    }
+
+    /// The same client with another stream in the place of its own, made of that.
+    pub(crate) fn map(self, f: impl FnOnce(Box<dyn Socket>) -> Box<dyn Socket>) -> Raw {
+        Raw { s: f(self.s), size: self.size, flags: self.flags }
+    }
+
+    /// Sends bytes past TLS.
+    pub(crate) fn inject(&mut self, bytes: &[u8]) {
+        self.s.inject(bytes);
+    }
+
+    /// Reads to the end; tells what came, and whether the server said goodbye in TLS.
+    pub(crate) fn read_rest(&mut self) -> (Vec<u8>, bool) {
+        let mut rest = Vec::new();
+        // Behind a broken handshake the end may be a reset.
+        let _ = self.s.read_to_end(&mut rest);
+        (rest, self.s.goodbye())
     }
 
     pub(crate) fn send(&mut self, bytes: &[u8]) {
