@@ -317,6 +317,16 @@ pub trait BlockNode: Send + Sync {
         Ok(DepthExtent { len, depth: 1 })
     }
 
+    /// The node as an open qcow2 image: chains of them are gone down in a loop, not by calls within calls.
+    fn as_qcow2(&self) -> Option<&qcow2::Qcow2Node> {
+        None
+    }
+
+    /// Gives up the backing image, of a node that is being dropped: for dropping chains in a loop, too.
+    fn take_backing(&mut self) -> Option<Arc<dyn BlockNode>> {
+        None
+    }
+
     /// The dirty bitmaps of the node that may be shown to clients.
     fn dirty_bitmaps(&self) -> Vec<Arc<dyn DirtyBitmap>> {
         Vec::new()

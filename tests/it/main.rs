@@ -36,5 +36,6 @@ mod nbd_tls;
 mod nbd_transmission;
 mod pki;
 mod qcow2_node;
+mod qcow2_races;
 mod support;
 mod tidy;

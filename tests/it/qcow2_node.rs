@@ -508,3 +508,38 @@ fn internal_snapshots_open_by_id_and_name_read_only() {
     });
     t.stop().unwrap();
 }
+
+#[test]
+fn a_chain_as_deep_as_allowed_reads_on_a_coroutines_stack() {
+    const DEPTH: u64 = 200;
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let base = dir.path().join("base.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", base.to_str().unwrap(), "16M"]);
+    for i in 0..DEPTH {
+        std::fs::copy(&base, dir.path().join(format!("{i}.qcow2"))).unwrap();
+    }
+    let t = iothread("io0", engines()[0]);
+    run_in_coroutine(t.context(), move || {
+        let mut below: Option<Arc<dyn BlockNode>> = None;
+        for i in 0..DEPTH {
+            let path = dir.path().join(format!("{i}.qcow2"));
+            let node = co_open(&path, Qcow2OpenOptions { backing: below.take(), ..Default::default() });
+            // One cluster of its own in each.
+            node.co_pwritev(i * 65536, &[IoSlice::new(&[i as u8 + 1; 100])], WriteFlags::empty())
+                .expect("write");
+            below = Some(node);
+        }
+        let top = below.expect("a chain");
+        for i in [0, 1, 100, DEPTH - 1] {
+            assert_eq!(co_read(&*top, i * 65536, 101), [vec![i as u8 + 1; 100], vec![0]].concat());
+            let depth = top.co_allocation_depth(i * 65536, 65536).expect("depth");
+            assert_eq!((u64::from(depth.depth), depth.len), (DEPTH - i, 65536));
+        }
+        // Copying from the bottom, too.
+        top.co_pwritev(200, &[IoSlice::new(&[0x5a; 10])], WriteFlags::empty()).expect("write");
+        assert_eq!(co_read(&*top, 0, 211), [vec![1; 100], vec![0; 100], vec![0x5a; 10], vec![0]].concat());
+        let e = top.co_block_status(DEPTH * 65536, (16 << 20) - DEPTH * 65536).expect("status");
+        assert_eq!((e.len, e.flags), ((16 << 20) - DEPTH * 65536, conbd::block::StatusFlags::ZERO));
+    });
+    t.stop().unwrap();
+}

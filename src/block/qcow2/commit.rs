@@ -176,13 +176,13 @@ impl Qcow2Node {
         self.co_barrier()
     }
 
-    /// A barrier has failed: nobody knows what is on the disk.
-    fn poison(&self, e: &Error) {
+    /// A barrier has failed, or a write that changes everything: nobody knows what is on the disk.
+    pub(super) fn poison(&self, e: &Error) {
         if self.set_fault(Fault::Poisoned) {
             tracing::error!(
                 node = %self.name(),
                 errno = e.errno(),
-                "flushing the image failed: it is read-only from now on, and flushes fail; check it before it is used again"
+                "the image could not be made durable: it is read-only from now on, and flushes fail; check it before it is used again"
             );
         }
     }

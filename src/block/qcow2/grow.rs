@@ -80,7 +80,8 @@ impl Qcow2Node {
         let mut field = [0; 12];
         field[..4].copy_from_slice(&(entries as u32).to_be_bytes());
         field[4..].copy_from_slice(&host.to_be_bytes());
-        self.co_write_header_field(36, &field)?;
+        // If that fails nobody knows which table the file names: nothing may be written any more.
+        self.co_write_header_field(36, &field).inspect_err(|e| self.poison(e))?;
         let old = self.l1_offset.swap(host, Ordering::SeqCst) >> g.cluster_bits;
         let old = old..old + g.clusters_for(self.map.l1_len() * 8);
         self.map.set_l1_len(entries);

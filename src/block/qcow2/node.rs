@@ -295,6 +295,15 @@ impl Qcow2Node {
         !self.read_only && self.ready.load(Ordering::Acquire) && self.fault() == Fault::None
     }
 
+    /// Checks, after something was looked up for a change, that what was found may be trusted: loading it may have shown
+    /// that the image is damaged.
+    pub(super) fn check_well(&self, op: &'static str, offset: u64) -> Result<()> {
+        match self.fault() {
+            Fault::None => Ok(()),
+            _ => Err(Error::from_errno(op, &self.name, offset, libc::EIO)),
+        }
+    }
+
     /// Checks that changes may be made, and prepares the image for the first of them. Yields.
     pub(super) fn co_begin_change(&self, op: &'static str, offset: u64) -> Result<()> {
         if self.may_change_now() {
@@ -558,7 +567,8 @@ impl Surroundings for Qcow2Node {
         let mut bytes = [0; 12];
         bytes[..8].copy_from_slice(&offset.to_be_bytes());
         bytes[8..].copy_from_slice(&clusters.to_be_bytes());
-        self.co_write_header_field(48, &bytes)?;
+        // If that fails nobody knows which table the file names: nothing may be written any more.
+        self.co_write_header_field(48, &bytes).inspect_err(|e| self.poison(e))?;
         let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
         header.refcount_table_offset = offset;
         header.refcount_table_clusters = clusters;
@@ -589,6 +599,14 @@ impl BlockNode for Qcow2Node {
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn as_qcow2(&self) -> Option<&Qcow2Node> {
+        Some(self)
+    }
+
+    fn take_backing(&mut self) -> Option<Arc<dyn BlockNode>> {
+        self.backing.take()
     }
 
     fn try_pread_some(&self, offset: u64, buf: &mut [u8]) -> usize {
@@ -653,7 +671,17 @@ impl Qcow2Node {
     }
 }
 
-/// Reads the first cluster and decodes it.
+impl Drop for Qcow2Node {
+    fn drop(&mut self) {
+        // In a loop: a long chain that drops itself by recursion does not fit a coroutine's stack.
+        let mut next = self.backing.take();
+        while let Some(mut node) = next {
+            next = Arc::get_mut(&mut node).and_then(|n| n.take_backing());
+        }
+    }
+}
+
+/// Reads the first sector and decodes it.
 fn co_read_fields(file: &dyn BlockNode) -> Result<std::result::Result<Fields, FormatError>> {
     let mut bytes = vec![0; file.len().min(512) as usize];
     super::io::co_read(file, 0, &mut [IoSliceMut::new(&mut bytes)])?;

@@ -13,6 +13,25 @@ const STATUS_STEPS: usize = 64;
 /// Pause before another look for a slice when all of a small cache are being loaded, in nanoseconds (ours).
 const CROWDED_NS: u64 = 1_000_000;
 
+/// Which part of the chain of images a guest range comes from.
+pub(super) enum Source<'a> {
+    /// A qcow2 image has it, and not as unallocated.
+    Image(&'a Qcow2Node, Mapping),
+    /// Something else at the end of the chain, for so many bytes.
+    Other(&'a dyn BlockNode, u64),
+    /// Nobody: zeroes, for so many bytes.
+    Nobody(u64),
+}
+
+impl Source<'_> {
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Source::Image(_, m) => m.len,
+            Source::Other(_, len) | Source::Nobody(len) => *len,
+        }
+    }
+}
+
 impl Qcow2Node {
     /// The node that holds guest clusters.
     pub(super) fn data(&self) -> &dyn BlockNode {
@@ -55,51 +74,67 @@ impl Qcow2Node {
         Ok(())
     }
 
+    /// Where a guest range comes from, from `offset` on for at most `len` bytes, and which layer of the chain that is
+    /// (this one is 1). Goes down the chain in a loop: chains may be longer than a coroutine's stack allows. The caller
+    /// has a ticket; the images below do not change, and need none. Yields.
+    pub(super) fn co_find(&self, offset: u64, len: u64) -> Result<(Source<'_>, u32)> {
+        let (mut node, mut len, mut depth) = (self, len, 1);
+        loop {
+            let m = node.co_map(offset, len)?;
+            if m.kind != Kind::Unallocated {
+                return Ok((Source::Image(node, m), depth));
+            }
+            depth += 1;
+            match node.below(offset, m.len) {
+                Some((b, inside)) => match b.as_qcow2() {
+                    Some(next) => (node, len) = (next, inside),
+                    None => return Ok((Source::Other(b, inside), depth)),
+                },
+                None => return Ok((Source::Nobody(m.len), depth)),
+            }
+        }
+    }
+
+    /// [`Qcow2Node::co_find`] as far as that needs no waiting.
+    fn try_find(&self, offset: u64, len: u64) -> Option<Source<'_>> {
+        let (mut node, mut len) = (self, len);
+        loop {
+            let Look::Found(m) = node.map.map(offset, len) else { return None };
+            if m.kind != Kind::Unallocated {
+                return Some(Source::Image(node, m));
+            }
+            match node.below(offset, m.len) {
+                Some((b, inside)) => match b.as_qcow2() {
+                    Some(next) => (node, len) = (next, inside),
+                    None => return Some(Source::Other(b, inside)),
+                },
+                None => return Some(Source::Nobody(m.len)),
+            }
+        }
+    }
+
+    /// The backing image and how many of the bytes it has, if it has the first.
+    fn below(&self, offset: u64, len: u64) -> Option<(&dyn BlockNode, u64)> {
+        let b = self.backing.as_deref()?;
+        let inside = b.len().saturating_sub(offset).min(len);
+        (inside > 0).then_some((b, inside))
+    }
+
     pub(super) fn co_read(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
         let _ticket = self.epochs.ticket();
         let len = iov::total_mut(bufs);
         let mut done = 0;
         while done < len {
             let at = offset + done as u64;
-            let m = self.co_map(at, (len - done) as u64)?;
-            if let Kind::Data { host, .. } = m.kind
-                && done == 0
-                && m.len == len as u64
-            {
-                return super::io::co_read(self.data(), host, bufs);
+            let (source, _) = self.co_find(at, (len - done) as u64)?;
+            if done == 0 && source.len() == len as u64 {
+                return co_read_from(&source, at, bufs);
             }
-            let mut part = iov::window_mut(bufs, done, m.len as usize);
+            let mut part = iov::window_mut(bufs, done, source.len() as usize);
             done += iov::total_mut(&part);
-            match m.kind {
-                Kind::Data { host, .. } => super::io::co_read(self.data(), host, &mut part)?,
-                Kind::Zero => iov::zero_from(&mut part, 0),
-                Kind::Unallocated => self.co_read_backing(at, &mut part)?,
-                Kind::Compressed { raw, offset: host, len } => {
-                    let data = self.co_decompress(at, raw, host, len)?;
-                    let from = self.g.in_cluster(at) as usize;
-                    let n = iov::total_mut(&part);
-                    iov::scatter(&mut part, 0, &data[from..from + n]);
-                }
-            }
+            co_read_from(&source, at, &mut part)?;
         }
         Ok(())
-    }
-
-    /// Bytes of the backing image from `offset` on, of at most `len`.
-    fn backing_part(&self, offset: u64, len: u64) -> u64 {
-        self.backing.as_ref().map_or(0, |b| b.len().saturating_sub(offset).min(len))
-    }
-
-    /// Reads what this image does not have: from the backing image, and zeroes where that ends. Yields.
-    fn co_read_backing(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        let len = iov::total_mut(bufs);
-        let inside = self.backing_part(offset, len as u64) as usize;
-        iov::zero_from(bufs, inside);
-        match &self.backing {
-            Some(b) if inside == len => b.co_preadv(offset, bufs),
-            Some(b) if inside > 0 => b.co_preadv(offset, &mut iov::window_mut(bufs, 0, inside)),
-            _ => Ok(()),
-        }
     }
 
     /// The content of a compressed cluster. Yields.
@@ -134,76 +169,65 @@ impl Qcow2Node {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
-            let Look::Found(m) = self.map.map(at, (buf.len() - done) as u64) else { break };
-            let part = &mut buf[done..done + m.len as usize];
-            let n = match m.kind {
-                Kind::Data { host, .. } => super::io::try_read(self.data(), host, part),
-                Kind::Zero => {
+            let Some(source) = self.try_find(at, (buf.len() - done) as u64) else { break };
+            let part = &mut buf[done..done + source.len() as usize];
+            let n = match &source {
+                Source::Nobody(_)
+                | Source::Image(_, Mapping { kind: Kind::Zero | Kind::Unallocated, .. }) => {
                     part.fill(0);
                     part.len()
                 }
-                Kind::Unallocated => {
-                    let inside = self.backing_part(at, part.len() as u64) as usize;
-                    let n = match &self.backing {
-                        Some(b) if inside > 0 => b.try_pread_some(at, &mut part[..inside]),
-                        _ => 0,
-                    };
-                    if n == inside {
-                        part[inside..].fill(0);
-                        part.len()
-                    } else {
-                        n
+                Source::Other(b, _) => b.try_pread_some(at, part),
+                Source::Image(node, Mapping { kind: Kind::Data { host, .. }, .. }) => {
+                    super::io::try_read(node.data(), *host, part)
+                }
+                Source::Image(node, Mapping { kind: Kind::Compressed { raw, .. }, .. }) => {
+                    match node.compressed.get(*raw) {
+                        Some(data) => {
+                            let from = node.g.in_cluster(at) as usize;
+                            part.copy_from_slice(&data[from..from + part.len()]);
+                            part.len()
+                        }
+                        None => 0,
                     }
                 }
-                Kind::Compressed { raw, .. } => match self.compressed.get(raw) {
-                    Some(data) => {
-                        let from = self.g.in_cluster(at) as usize;
-                        part.copy_from_slice(&data[from..from + part.len()]);
-                        part.len()
-                    }
-                    None => 0,
-                },
             };
             done += n;
-            if n < m.len as usize {
+            if (n as u64) < source.len() {
                 break;
             }
         }
         done
     }
 
-    /// What one mapping is to those who ask for status. Yields (asks the backing image).
-    fn co_status_of(&self, at: u64, m: Mapping) -> Result<Extent> {
-        Ok(match m.kind {
-            Kind::Data { .. } | Kind::Compressed { .. } => Extent { len: m.len, flags: StatusFlags::DATA },
-            Kind::Zero => Extent { len: m.len, flags: StatusFlags::ZERO },
-            Kind::Unallocated => match (&self.backing, self.backing_part(at, m.len)) {
-                (Some(b), inside) if inside > 0 => {
-                    let e = b.co_block_status(at, inside)?;
-                    Extent { len: e.len.min(inside), ..e }
-                }
-                _ => Extent { len: m.len, flags: StatusFlags::ZERO },
-            },
-        })
-    }
-
     pub(super) fn co_status(&self, offset: u64, len: u64) -> Result<Extent> {
         let _ticket = self.epochs.ticket();
-        let first = self.co_map(offset, len)?;
-        let mut extent = self.co_status_of(offset, first)?;
+        let mut extent: Option<Extent> = None;
         for _ in 0..STATUS_STEPS {
-            if extent.len >= len {
+            let done = extent.map_or(0, |e| e.len);
+            if done >= len {
                 break;
             }
-            let at = offset + extent.len;
-            let m = self.co_map(at, len - extent.len)?;
-            let next = self.co_status_of(at, m)?;
-            if next.flags != extent.flags {
-                break;
+            let at = offset + done;
+            let (source, _) = self.co_find(at, len - done)?;
+            let next = match source {
+                Source::Nobody(len) => Extent { len, flags: StatusFlags::ZERO },
+                Source::Other(b, len) => {
+                    let e = b.co_block_status(at, len)?;
+                    Extent { len: e.len.min(len), ..e }
+                }
+                Source::Image(_, m) => {
+                    let zero = matches!(m.kind, Kind::Zero);
+                    Extent { len: m.len, flags: if zero { StatusFlags::ZERO } else { StatusFlags::DATA } }
+                }
+            };
+            match &mut extent {
+                None => extent = Some(next),
+                Some(e) if e.flags == next.flags => e.len += next.len,
+                Some(_) => break,
             }
-            extent.len += next.len;
         }
-        Ok(Extent { len: extent.len.min(len), ..extent })
+        Ok(extent.expect("something was asked"))
     }
 
     /// Which layer of the chain holds the data; see [`BlockNode::co_allocation_depth`].
@@ -216,14 +240,15 @@ impl Qcow2Node {
                 break;
             }
             let at = offset + done;
-            let m = self.co_map(at, len - done)?;
-            let next = match (m.kind, &self.backing, self.backing_part(at, m.len)) {
-                (Kind::Unallocated, Some(b), inside) if inside > 0 => {
-                    let e = b.co_allocation_depth(at, inside)?;
-                    DepthExtent { len: e.len.min(inside), depth: if e.depth == 0 { 0 } else { e.depth + 1 } }
+            let (source, layer) = self.co_find(at, len - done)?;
+            let next = match source {
+                Source::Nobody(len) => DepthExtent { len, depth: 0 },
+                Source::Other(b, len) => {
+                    let e = b.co_allocation_depth(at, len)?;
+                    let depth = if e.depth == 0 { 0 } else { e.depth + layer - 1 };
+                    DepthExtent { len: e.len.min(len), depth }
                 }
-                (Kind::Unallocated, ..) => DepthExtent { len: m.len, depth: 0 },
-                _ => DepthExtent { len: m.len, depth: 1 },
+                Source::Image(_, m) => DepthExtent { len: m.len, depth: layer },
             };
             match &mut extent {
                 None => extent = Some(next),
@@ -238,17 +263,38 @@ impl Qcow2Node {
     pub(super) fn co_reads_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let (mut at, end) = (offset, offset + len);
         while at < end {
-            let m = self.co_map(at, end - at)?;
-            let zero = match m.kind {
-                Kind::Zero => true,
-                Kind::Unallocated => self.backing_part(at, m.len) == 0,
-                Kind::Data { .. } | Kind::Compressed { .. } => false,
-            };
-            if !zero {
-                return Ok(false);
+            let (source, _) = self.co_find(at, end - at)?;
+            match source {
+                Source::Nobody(_) | Source::Image(_, Mapping { kind: Kind::Zero, .. }) => at += source.len(),
+                Source::Other(..) | Source::Image(..) => return Ok(false),
             }
-            at += m.len;
         }
         Ok(true)
+    }
+}
+
+/// Fills `bufs` with what is at a guest offset, given where it comes from. Yields.
+fn co_read_from(source: &Source<'_>, at: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
+    let (node, m) = match source {
+        Source::Nobody(_) => {
+            iov::zero_from(bufs, 0);
+            return Ok(());
+        }
+        Source::Other(b, _) => return b.co_preadv(at, bufs),
+        Source::Image(node, m) => (node, m),
+    };
+    match m.kind {
+        Kind::Data { host, .. } => super::io::co_read(node.data(), host, bufs),
+        Kind::Zero | Kind::Unallocated => {
+            iov::zero_from(bufs, 0);
+            Ok(())
+        }
+        Kind::Compressed { raw, offset, len } => {
+            let data = node.co_decompress(at, raw, offset, len)?;
+            let from = node.g.in_cluster(at) as usize;
+            let n = iov::total_mut(bufs);
+            iov::scatter(bufs, 0, &data[from..from + n]);
+            Ok(())
+        }
     }
 }

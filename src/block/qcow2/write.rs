@@ -108,6 +108,7 @@ impl Qcow2Node {
         while done < len {
             let at = offset + done as u64;
             let m = self.co_map(at, (len - done) as u64)?;
+            self.check_well("pwritev", at)?;
             let Kind::Data { host, in_place: true } = m.kind else {
                 done += self.co_write_new(at, bufs, done)?;
                 continue;
@@ -136,6 +137,10 @@ impl Qcow2Node {
         let r = {
             let _ticket = self.epochs.ticket();
             let Look::Found(m) = self.map.map(offset, buf.len() as u64) else { return None };
+            // What was just loaded may have shown that the image is damaged.
+            if !self.may_change_now() {
+                return None;
+            }
             let Kind::Data { host, in_place: true } = m.kind else { return None };
             if m.len != buf.len() as u64 || super::io::check_end(self.data(), host, m.len).is_err() {
                 return None;
@@ -286,6 +291,7 @@ impl Qcow2Node {
         let _claim = self.claims.co_claim(first..first + clusters);
         self.co_ensure_table(first)?;
         let olds = self.co_old(first, clusters)?;
+        self.check_well("pwritev", at)?;
         let target = self.target(olds[0], at);
         // How many clusters go the same way.
         let mut count = 1;
@@ -419,6 +425,7 @@ impl Qcow2Node {
     ) -> Result<T> {
         loop {
             if let Some(mut edit) = self.map.edit(cluster) {
+                self.check_well("change", cluster << self.g.cluster_bits)?;
                 return Ok(f(&mut edit));
             }
             self.co_load(cluster)?;
