@@ -1,281 +1,319 @@
-//! The crash suite: what the power failure leaves is judged, state by state. First of all the judge itself: it must find
-//! the bugs of a writer that has them on purpose, and nothing in the same writer without.
+//! The crash suite: guests work with the driver over simulated files, and every state that a power failure could have
+//! left is judged: metadata, what was flushed, snapshots; some are opened again, and some shown to qemu-img.
 
-use crate::image::{self, be64};
-use crate::power::{Crash, Effort, Recording, SECTOR, Verdict, enumerate, seed};
-use crate::world::{Guest, HABITS, Habits, World, co_step, script};
-use conbd::block::{BlockNode, Extent, Limits, Result, SimFile, StatusFlags, WriteFlags};
-use conbd::co::CoMutex;
+use crate::corpus::{content_by_qemu, noise, qemu_img, qemu_io, text};
+use crate::driver::{self, Below};
+use crate::image;
+use crate::power::{Crash, Effort, Recording, Rng, enumerate, seed};
+use crate::world::{Guest, HABITS, Habits, World, guests};
+use conbd::block::qcow2::Sabotage;
+use conbd::block::{BlockNode, WriteFlags};
 use std::collections::BTreeMap;
-use std::io::{IoSlice, IoSliceMut};
+use std::fs;
+use std::io::IoSlice;
 use std::sync::{Arc, Mutex};
 
-// ------------------------------------------------------------------------------ a small writer with known bugs
-
-const CLUSTER: usize = 4096;
-/// Guest clusters of the naive image.
-const GUEST_CLUSTERS: usize = 48;
-
-/// What the naive writer leaves out.
+/// How the image of a scenario begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Bug {
-    None,
-    /// The L2 entry is written without a barrier after the refcount and the data.
-    NoBarrierBeforePointer,
-    /// A freed cluster is handed out again before its unlink is durable.
-    ReuseTooEarly,
-    /// The refcount goes down without a barrier after the unlink.
-    NoBarrierBeforeFree,
-    /// A flush that does nothing.
-    LazyFlush,
-    /// FUA is forgotten.
-    NoFua,
+enum Begin {
+    /// Empty.
+    Fresh,
+    /// Some writes by QEMU.
+    Written,
+    /// Over a raw image that is shorter.
+    Overlay,
+    /// Compressed.
+    Compressed,
+    /// Written, with a snapshot, and written again.
+    Snapshot,
+    /// Data in another file.
+    DataFile,
 }
 
-struct Naive {
-    file: Arc<SimFile>,
-    bug: Bug,
-    /// Refcounts and L2 entries as in the file (with one bug: less than that).
-    state: CoMutex<NaiveState>,
-}
-
-struct NaiveState {
-    refs: Vec<u16>,
-    l2: Vec<u64>,
-}
-
-/// Header, L1, L2, refcount table, refcount block: one cluster each.
-fn naive_image() -> Vec<u8> {
-    let mut d = vec![0; CLUSTER * 5];
-    let mut put = |at: usize, bytes: &[u8]| d[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, b"QFI\xfb");
-    put(4, &3u32.to_be_bytes());
-    put(20, &12u32.to_be_bytes());
-    put(24, &((GUEST_CLUSTERS * CLUSTER) as u64).to_be_bytes());
-    put(36, &1u32.to_be_bytes());
-    put(40, &(CLUSTER as u64).to_be_bytes());
-    put(48, &(3 * CLUSTER as u64).to_be_bytes());
-    put(56, &1u32.to_be_bytes());
-    put(96, &4u32.to_be_bytes());
-    put(100, &104u32.to_be_bytes());
-    put(CLUSTER, &((2 * CLUSTER as u64) | (1 << 63)).to_be_bytes());
-    put(3 * CLUSTER, &(4 * CLUSTER as u64).to_be_bytes());
-    for i in 0..5 {
-        put(4 * CLUSTER + 2 * i, &1u16.to_be_bytes());
-    }
-    d
-}
-
-impl Naive {
-    fn new(file: Arc<SimFile>, bug: Bug) -> Naive {
-        let d = file.content();
-        let refs = (0..CLUSTER / 2).map(|i| image::be16(&d, 4 * CLUSTER + 2 * i)).collect();
-        let l2 = (0..GUEST_CLUSTERS).map(|i| be64(&d, 2 * CLUSTER + 8 * i)).collect();
-        Naive { file, bug, state: CoMutex::new(NaiveState { refs, l2 }) }
-    }
-
-    fn put(&self, at: usize, bytes: &[u8]) -> Result<()> {
-        self.file.co_pwritev(at as u64, &[IoSlice::new(bytes)], WriteFlags::empty())
-    }
-
-    fn set_ref(&self, s: &mut NaiveState, cluster: usize, n: u16) -> Result<()> {
-        s.refs[cluster] = n;
-        self.put(4 * CLUSTER + 2 * cluster, &n.to_be_bytes())
-    }
-
-    fn barrier(&self, unless: Bug) -> Result<()> {
-        if self.bug == unless { Ok(()) } else { self.file.co_flush() }
-    }
-
-    /// Points a guest cluster elsewhere, and frees what it pointed to.
-    fn link(&self, s: &mut NaiveState, guest: usize, entry: u64) -> Result<()> {
-        let old = (s.l2[guest] & 0x00ff_ffff_ffff_fe00) as usize / CLUSTER;
-        s.l2[guest] = entry;
-        self.put(2 * CLUSTER + 8 * guest, &entry.to_be_bytes())?;
-        if old == 0 {
-            return Ok(());
-        }
-        match self.bug {
-            // As QEMU: free in memory, and the next one may have it.
-            Bug::ReuseTooEarly => s.refs[old] = 0,
-            _ => {
-                self.barrier(Bug::NoBarrierBeforeFree)?;
-                self.set_ref(s, old, 0)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn change(&self, offset: u64, len: usize, data: Option<&[u8]>) -> Result<()> {
-        let mut s = self.state.co_lock();
-        let mut at = offset as usize;
-        let end = at + len;
-        while at < end {
-            let guest = at / CLUSTER;
-            let to = ((guest + 1) * CLUSTER).min(end);
-            let host = (s.l2[guest] & 0x00ff_ffff_ffff_fe00) as usize;
-            let whole = to - at == CLUSTER;
-            let piece = data.map(|d| &d[at - offset as usize..to - offset as usize]);
-            match piece {
-                None if whole && host != 0 => self.link(&mut s, guest, 0)?,
-                None if host == 0 => {}
-                _ if host != 0 => {
-                    let zeroes = vec![0; to - at];
-                    self.put(host + at % CLUSTER, piece.unwrap_or(&zeroes))?;
-                }
-                _ => {
-                    let new = (5..).find(|&c| s.refs[c] == 0).expect("there is room");
-                    self.set_ref(&mut s, new, 1)?;
-                    let mut cluster = vec![0; CLUSTER];
-                    cluster[at % CLUSTER..][..to - at].copy_from_slice(piece.expect("zeroes were handled"));
-                    self.put(new * CLUSTER, &cluster)?;
-                    self.barrier(Bug::NoBarrierBeforePointer)?;
-                    self.link(&mut s, guest, (new * CLUSTER) as u64 | 1 << 63)?;
-                }
-            }
-            at = to;
-        }
-        Ok(())
-    }
-}
-
-impl BlockNode for Naive {
-    fn name(&self) -> &str {
-        "naive"
-    }
-    fn len(&self) -> u64 {
-        (GUEST_CLUSTERS * CLUSTER) as u64
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
-    }
-    fn co_preadv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
-        let s = self.state.co_lock();
-        let mut at = offset as usize;
-        for b in bufs {
-            for piece in b.chunks_mut(SECTOR) {
-                let host = (s.l2[at / CLUSTER] & 0x00ff_ffff_ffff_fe00) as usize;
-                if host == 0 {
-                    piece.fill(0);
-                } else {
-                    self.file.co_preadv((host + at % CLUSTER) as u64, &mut [IoSliceMut::new(piece)])?;
-                }
-                at += piece.len();
-            }
-        }
-        Ok(())
-    }
-    fn co_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>], flags: WriteFlags) -> Result<()> {
-        let data: Vec<u8> = bufs.iter().flat_map(|b| b.iter().copied()).collect();
-        self.change(offset, data.len(), Some(&data))?;
-        if flags.contains(WriteFlags::FUA) { self.barrier(Bug::NoFua) } else { Ok(()) }
-    }
-    fn co_pwrite_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> Result<()> {
-        self.change(offset, len as usize, None)?;
-        if flags.contains(WriteFlags::FUA) { self.barrier(Bug::NoFua) } else { Ok(()) }
-    }
-    fn co_pdiscard(&self, offset: u64, len: u64) -> Result<()> {
-        self.change(offset, len as usize, None)
-    }
-    fn co_flush(&self) -> Result<()> {
-        self.barrier(Bug::LazyFlush)
-    }
-    fn co_block_status(&self, _offset: u64, len: u64) -> Result<Extent> {
-        Ok(Extent { len, flags: StatusFlags::DATA })
-    }
-}
-
-const NAIVE_HABITS: Habits = Habits { clusters: 2, ..HABITS };
-const QUICK: Effort = Effort { random: 4, singles: 3, stride: 2 };
-
-fn naive_run(bug: Bug, seed: u64) -> Verdict {
-    let mut w = World::new(seed);
-    let file = w.file("naive", naive_image());
-    let node: Arc<dyn BlockNode> = Arc::new(Naive::new(Arc::clone(&file), bug));
-    let bytes = GUEST_CLUSTERS * CLUSTER;
-    let guest = Guest::new(bytes);
-    w.hold(true);
-    let tasks = guests(&mut w, &node, &guest, 3, 14, NAIVE_HABITS);
-    w.run(tasks);
-    let guest = guest.lock().unwrap();
-    assert_eq!(guest.errors, Vec::<String>::new());
-    let initial = vec![0; bytes];
-    guest.judge_reads(&initial).unwrap();
-    let crash = Crash {
-        files: &[Recording::of(&file)],
-        history: &guest.history,
-        initial: &initial,
-        backing: &[],
-        snapshots: &BTreeMap::new(),
-    };
-    enumerate(&crash, QUICK, seed, &mut |_, _| Ok(()))
-}
-
-/// Guests with scripts of their own.
-fn guests(
-    w: &mut World,
-    node: &Arc<dyn BlockNode>,
-    guest: &Arc<Mutex<Guest>>,
-    count: usize,
+/// What is crashed.
+#[derive(Debug, Clone, Copy)]
+struct Scenario {
+    name: &'static str,
+    options: &'static str,
+    size: u64,
+    begin: Begin,
+    guests: usize,
     steps: usize,
     habits: Habits,
-) -> Vec<Box<dyn FnOnce() + Send>> {
-    let sectors = guest.lock().unwrap().history.sectors;
-    (0..count)
-        .map(|_| {
-            let steps = script(&mut w.rng, sectors, steps, habits);
-            let (node, guest, clock) = (Arc::clone(node), Arc::clone(guest), w.clock.clone());
-            Box::new(move || {
-                for s in steps {
-                    co_step(&*node, &guest, &clock, s);
-                }
-            }) as Box<dyn FnOnce() + Send>
-        })
-        .collect()
 }
 
-#[test]
-fn a_correct_small_writer_passes_the_judge() {
-    let seed = seed(1);
-    let mut states = 0;
-    for s in seed..seed + 3 {
-        let v = naive_run(Bug::None, s);
-        assert_eq!(v.failures, Vec::<String>::new(), "CONBD_SEED={s}");
-        states += v.states;
+const fn sc(name: &'static str, options: &'static str, size: u64, begin: Begin, cluster: usize) -> Scenario {
+    Scenario { name, options, size, begin, guests: 4, steps: 12, habits: Habits { cluster, ..HABITS } }
+}
+
+const SCENARIOS: &[Scenario] = &[
+    sc("fresh-c4k", "cluster_size=4k", 1 << 20, Begin::Fresh, 8),
+    sc("fresh-c64k", "", 1 << 20, Begin::Fresh, 128),
+    Scenario { steps: 20, ..sc("fresh-c512", "cluster_size=512", 512 << 10, Begin::Fresh, 4) },
+    Scenario {
+        steps: 20,
+        ..sc("grows-c512-r64", "cluster_size=512,refcount_bits=64", 2 << 20, Begin::Fresh, 48)
+    },
+    sc("v2", "compat=0.10,cluster_size=4k", 1 << 20, Begin::Written, 8),
+    sc("r1", "refcount_bits=1,cluster_size=4k", 1 << 20, Begin::Written, 8),
+    sc("written-c4k", "cluster_size=4k", 1 << 20, Begin::Written, 8),
+    sc("overlay-c4k", "cluster_size=4k", 1 << 20, Begin::Overlay, 8),
+    sc("overlay-ext", "cluster_size=16k,extended_l2=on", 1 << 20, Begin::Overlay, 16),
+    sc("ext", "cluster_size=16k,extended_l2=on", 1 << 20, Begin::Fresh, 16),
+    sc("compressed-c4k", "cluster_size=4k", 512 << 10, Begin::Compressed, 8),
+    sc("snapshot-c4k", "cluster_size=4k", 1 << 20, Begin::Snapshot, 8),
+    sc("snapshot-c512", "cluster_size=512", 256 << 10, Begin::Snapshot, 4),
+    sc("data-file", "cluster_size=4k", 1 << 20, Begin::DataFile, 8),
+    sc("lazy", "lazy_refcounts=on,cluster_size=4k", 1 << 20, Begin::Written, 8),
+    sc("preallocated", "preallocation=metadata,cluster_size=4k", 1 << 20, Begin::Fresh, 8),
+];
+
+/// An image as bytes, with what a guest sees in it.
+struct Start {
+    image: Vec<u8>,
+    data: Option<Vec<u8>>,
+    backing: Vec<u8>,
+    content: Vec<u8>,
+    snapshots: BTreeMap<String, Vec<u8>>,
+}
+
+fn start(s: &Scenario) -> Start {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.qcow2");
+    let size = s.size.to_string();
+    let mut options = s.options.to_owned();
+    let mut backing = Vec::new();
+    match s.begin {
+        Begin::Overlay => {
+            backing = noise(s.size * 3 / 4 + 512, 4);
+            fs::write(dir.path().join("base.img"), &backing).unwrap();
+            options = format!("backing_file=base.img,backing_fmt=raw,{options}");
+        }
+        Begin::DataFile => options = format!("data_file={},{options}", text(&dir.path().join("data.bin"))),
+        _ => {}
     }
-    assert!(states > 1000, "{states} states are few");
+    let mut snapshots = BTreeMap::new();
+    if s.begin == Begin::Compressed {
+        let raw = dir.path().join("raw");
+        fs::write(&raw, noise(s.size, 5)).unwrap();
+        qemu_img(&[
+            "convert",
+            "-q",
+            "-c",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-o",
+            &options,
+            text(&raw),
+            text(&path),
+        ]);
+    } else {
+        // An empty -o is an error.
+        let options = if options.is_empty() { "compat=1.1" } else { &options };
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, text(&path), &size]);
+    }
+    if matches!(s.begin, Begin::Written | Begin::Snapshot | Begin::DataFile) {
+        qemu_io(
+            &path,
+            &[
+                "write -P 11 0 70k".to_owned(),
+                "write -z 40k 20k".to_owned(),
+                "write -P 12 200k 33k".to_owned(),
+            ],
+        );
+    }
+    if s.begin == Begin::Snapshot {
+        qemu_img(&["snapshot", "-c", "s0", text(&path)]);
+        snapshots.insert("s0".to_owned(), content_by_qemu(&path, Some("s0")));
+        qemu_io(&path, &["write -P 13 8k 9k".to_owned()]);
+    }
+    let content = content_by_qemu(&path, None);
+    let data = fs::read(dir.path().join("data.bin")).ok();
+    Start { image: fs::read(&path).unwrap(), data, backing, content, snapshots }
 }
 
-#[test]
-fn every_known_bug_of_a_small_writer_is_found() {
-    for (bug, sign) in [
-        (Bug::NoBarrierBeforePointer, "metadata"),
-        (Bug::ReuseTooEarly, "guest sector"),
-        (Bug::NoBarrierBeforeFree, "metadata"),
-        (Bug::LazyFlush, "guest sector"),
-        (Bug::NoFua, "guest sector"),
-    ] {
-        // Some seeds may not come by the bug; a few together do.
-        let found = (1..8).flat_map(|s| naive_run(bug, s).failures).find(|f| f.contains(sign));
-        assert!(found.is_some(), "{bug:?} is not found");
+/// What a run leaves to be judged.
+struct Ran {
+    files: Vec<Recording>,
+    guest: Arc<Mutex<Guest>>,
+    /// The image after an orderly close.
+    closed: Vec<Vec<u8>>,
+}
+
+/// Runs guests against the driver over simulated files; closes it in the end.
+fn run_driver(s: &Scenario, start: &Start, seed: u64, sabotage: Sabotage) -> Ran {
+    let mut w = World::new(seed);
+    let file = w.file("image", start.image.clone());
+    let data = start.data.clone().map(|d| w.file("data", d));
+    let below = Below::new(&file, data.as_ref(), &start.backing);
+    let node = w.co(move || driver::co_open(&below).unwrap_or_else(|e| panic!("{e}")));
+    node.sabotage(sabotage);
+    let guest = Guest::new(start.content.len());
+    w.hold(true);
+    let served = Arc::clone(&node) as Arc<dyn BlockNode>;
+    let tasks = guests(&mut w, &served, &guest, s.guests, s.steps, s.habits);
+    w.run(tasks);
+    let files = w.files.iter().map(|f| Recording::of(f)).collect();
+    let closing = Arc::clone(&node);
+    w.co(move || closing.co_close()).unwrap();
+    let closed = w.files.iter().map(|f| f.content()).collect();
+    Ran { files, guest, closed }
+}
+
+/// Opens a state with the driver: reads, writes, flushes, closes, and checks. Every so often.
+struct Reopen {
+    world: World,
+    backing: Vec<u8>,
+    every: usize,
+}
+
+impl Reopen {
+    fn look(&mut self, views: &[&[u8]], n: usize) -> Result<(), String> {
+        if !n.is_multiple_of(self.every) {
+            return Ok(());
+        }
+        let l = image::Layout::parse(views[0])?;
+        let mut want = vec![0; l.size as usize];
+        let mut reader = image::Reader::new(self.backing.clone());
+        reader.read_active(views[0], views.get(1).copied(), &mut want)?;
+        self.world.files.clear();
+        let file = self.world.file("image", views[0].to_vec());
+        let data = views.get(1).map(|d| self.world.file("data", d.to_vec()));
+        let below = Below::new(&file, data.as_ref(), &self.backing);
+        let salt = n as u64;
+        self.world.co(move || -> Result<(), String> {
+            let node = driver::co_open(&below).map_err(|e| format!("it cannot be opened again: {e}"))?;
+            let got = driver::co_read_all(&*node)?;
+            if let Some(d) = driver::difference(&got, &want) {
+                return Err(format!("the driver reads {d}"));
+            }
+            let mut rng = Rng(salt);
+            for i in 0..6 {
+                let at = rng.below(want.len() as u64 - 4096) as usize;
+                let bytes = [i as u8 + 1; 4000];
+                let wrote = node.co_pwritev(at as u64, &[IoSlice::new(&bytes)], WriteFlags::empty());
+                wrote.map_err(|e| format!("a write after the crash: {e}: {}", e.source))?;
+                want[at..at + 4000].copy_from_slice(&bytes);
+            }
+            node.co_flush().map_err(|e| format!("a flush after the crash: {e}: {}", e.source))?;
+            let got = driver::co_read_all(&*node)?;
+            if let Some(d) = driver::difference(&got, &want) {
+                return Err(format!("after writes, the driver reads {d}"));
+            }
+            node.co_close().map_err(|e| format!("closing after the crash: {e}: {}", e.source))?;
+            Ok(())
+        })?;
+        let after = file.content();
+        let found = image::check(&after);
+        if !found.corruptions.is_empty() {
+            return Err(format!("corrupt after it was opened again: {}", found.corruptions.join("; ")));
+        }
+        Ok(())
     }
 }
 
-#[test]
-fn the_same_seed_gives_the_same_run() {
-    let one = |seed| {
-        let mut w = World::new(seed);
-        let file = w.file("naive", naive_image());
-        let node: Arc<dyn BlockNode> = Arc::new(Naive::new(Arc::clone(&file), Bug::None));
-        let guest = Guest::new(GUEST_CLUSTERS * CLUSTER);
-        w.hold(true);
-        let tasks = guests(&mut w, &node, &guest, 3, 10, NAIVE_HABITS);
-        w.run(tasks);
-        file.log().into_iter().map(|op| (op.issued, op.applied, op.completed, op.change)).collect::<Vec<_>>()
+/// Asks qemu-img. Leaks (3) are allowed.
+fn qemu_check(bytes: &[u8]) -> Result<(), String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state.qcow2");
+    fs::write(&path, bytes).unwrap();
+    let dirty = image::be64(bytes, 72) & image::DIRTY != 0 && image::be32(bytes, 4) >= 3;
+    let mut args = vec!["check", "-q", "-f", "qcow2"];
+    if dirty {
+        args.extend(["-r", "all"]);
+    }
+    args.push(text(&path));
+    let out = std::process::Command::new("qemu-img").args(&args).output().unwrap();
+    match out.status.code() {
+        Some(0 | 3) => Ok(()),
+        code => Err(format!("qemu-img check: {code:?}: {}", String::from_utf8_lossy(&out.stderr))),
+    }
+}
+
+/// Crashes one scenario in all ways; the number of states, and what is wrong.
+fn crash(s: &Scenario, seed: u64, sabotage: Sabotage, effort: Effort) -> (usize, Vec<String>) {
+    let begin = start(s);
+    let ran = run_driver(s, &begin, seed, sabotage);
+    let guest = ran.guest.lock().unwrap();
+    let mut failures: Vec<String> = guest.errors.clone();
+    failures.extend(guest.judge_reads(&begin.content).err());
+    let crash = Crash {
+        files: &ran.files,
+        history: &guest.history,
+        initial: &begin.content,
+        backing: &begin.backing,
+        snapshots: &begin.snapshots,
     };
-    assert!(one(5) == one(5), "two runs differ");
-    assert!(one(5) != one(6), "the seed does nothing");
+    let mut reopen = Reopen { world: World::new(seed), backing: begin.backing.clone(), every: 120 };
+    let verdict = enumerate(&crash, effort, seed, &mut |views, n| {
+        if n.is_multiple_of(700) && begin.data.is_none() && begin.backing.is_empty() {
+            qemu_check(views[0])?;
+        }
+        reopen.look(views, n)
+    });
+    if let Some(evidence) = &verdict.evidence {
+        let by_qemu = qemu_check(&evidence[0]);
+        failures.push(format!("qemu-img says of the first state: {by_qemu:?}"));
+        if let Ok(dir) = std::env::var("CONBD_EVIDENCE") {
+            for (i, bytes) in evidence.iter().enumerate() {
+                fs::write(format!("{dir}/{}-{seed}-{i}.qcow2", s.name), bytes).unwrap();
+            }
+        }
+    }
+    failures.extend(verdict.failures);
+    let closed = image::check(&ran.closed[0]);
+    failures.extend(closed.corruptions.into_iter().map(|c| format!("after an orderly close: {c}")));
+    if closed.leaks != 0 && sabotage == Sabotage::None {
+        failures.push(format!("{} clusters are leaked by an orderly close", closed.leaks));
+    }
+    (verdict.states, failures)
+}
+
+const FULL: Effort = Effort { random: 8, singles: 6, stride: 1 };
+
+fn crash_all(scenarios: impl Iterator<Item = &'static Scenario>, first_seed: u64) -> usize {
+    let mut states = 0;
+    for s in scenarios {
+        let begin = std::time::Instant::now();
+        // The one that grows has many requests.
+        let stride = if s.name.starts_with("grows") { 4 } else { 1 };
+        let (n, failures) = crash(s, first_seed, Sabotage::None, Effort { stride, ..FULL });
+        assert!(failures.is_empty(), "{} with CONBD_SEED={first_seed}:\n{}", s.name, failures.join("\n"));
+        if std::env::var_os("CONBD_VERBOSE").is_some() {
+            println!("{}: {n} states in {:?}", s.name, begin.elapsed());
+        }
+        states += n;
+    }
+    states
+}
+
+#[test]
+fn no_power_failure_corrupts_or_loses_what_was_flushed_1() {
+    let states = crash_all(SCENARIOS.iter().step_by(2), seed(11));
+    assert!(states >= 12_000, "{states} states are few");
+}
+
+#[test]
+fn no_power_failure_corrupts_or_loses_what_was_flushed_2() {
+    let states = crash_all(SCENARIOS.iter().skip(1).step_by(2), seed(12));
+    assert!(states >= 12_000, "{states} states are few");
+}
+
+#[test]
+fn a_barrier_that_is_taken_out_is_missed() {
+    for (sabotage, sign) in [
+        (Sabotage::NoBarrierBeforePointers, ""),
+        (Sabotage::NoBarrierAfterPointers, "guest sector"),
+        (Sabotage::PointersFirst, "metadata"),
+        (Sabotage::NoQuarantine, ""),
+    ] {
+        let quick = Effort { random: 6, singles: 4, stride: 2 };
+        let found = (1..6)
+            .flat_map(|n| SCENARIOS[..1].iter().chain(&SCENARIOS[6..7]).map(move |s| (s, n)))
+            .flat_map(|(s, n)| crash(s, n, sabotage, quick).1)
+            .find(|f| f.contains("state") && f.contains(sign));
+        assert!(found.is_some(), "{sabotage:?} is not noticed");
+    }
 }

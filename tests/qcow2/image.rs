@@ -17,18 +17,21 @@ pub(crate) const EXTENDED_L2: u64 = 16;
 
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+/// No offset is larger.
+const FAR: u64 = 1 << 56;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 pub(crate) fn be16(d: &[u8], at: usize) -> u16 {
-    d.get(at..at + 2).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]))
+    d.get(at..at.saturating_add(2)).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]))
 }
 
 pub(crate) fn be32(d: &[u8], at: usize) -> u32 {
-    d.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+    d.get(at..at.saturating_add(4)).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
 }
 
 pub(crate) fn be64(d: &[u8], at: usize) -> u64 {
-    d.get(at..at + 8).map_or(0, |b| u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
+    d.get(at..at.saturating_add(8))
+        .map_or(0, |b| u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
 }
 
 /// A snapshot as the table has it.
@@ -113,6 +116,10 @@ impl Layout {
             snapshots: Vec::new(),
             bitmaps: None,
         };
+        // No sum below overflows.
+        if [l.l1_offset, l.reftable_offset, l.snapshots_offset].iter().any(|&o| o > FAR) {
+            return Err("header points too far".to_owned());
+        }
         if l.refcount_order > 6 || l.l1_size > 1 << 22 || l.reftable_clusters > 1 << 14 {
             return Err("header out of range".to_owned());
         }
@@ -142,6 +149,9 @@ impl Layout {
             let name = d
                 .get(name_at..name_at + usize::from(name_len))
                 .ok_or_else(|| format!("snapshot {i} is cut off"))?;
+            if be64(d, at) > FAR {
+                return Err(format!("snapshot {i} points too far"));
+            }
             self.snapshots.push(Snapshot {
                 l1_offset: be64(d, at),
                 l1_size: be32(d, at + 8),
@@ -177,7 +187,7 @@ impl Layout {
             return 0;
         }
         let block = be64(d, (self.reftable_offset + index * 8) as usize) & !0x1ff;
-        if block == 0 {
+        if block == 0 || block > FAR {
             return 0;
         }
         let i = cluster % per_block;
@@ -229,9 +239,15 @@ impl Layout {
 }
 
 fn parse_bitmaps(d: &[u8], count: u32, size: u64, offset: u64) -> Result<(u64, u64, Vec<Bitmap>), String> {
+    if offset > FAR || count > 1 << 16 {
+        return Err("the bitmap directory is too far, or too large".to_owned());
+    }
     let mut at = offset as usize;
     let mut all = Vec::new();
     for i in 0..count {
+        if be64(d, at) > FAR {
+            return Err(format!("bitmap {i} points too far"));
+        }
         let (name_size, extra) = (usize::from(be16(d, at + 18)), be32(d, at + 20) as usize);
         let name_at = at + 24 + extra;
         let name = d.get(name_at..name_at + name_size).ok_or_else(|| format!("bitmap {i} is cut off"))?;
@@ -279,7 +295,7 @@ impl Checker<'_> {
             return;
         }
         let cluster = self.l.cluster();
-        let (first, last) = (offset / cluster, (offset + len - 1) / cluster);
+        let (first, last) = (offset / cluster, (offset.saturating_add(len) - 1) / cluster);
         if last - first > 1 << 20 || last * cluster >= self.d.len() as u64 {
             self.bad(|| format!("{what} at {offset:#x}+{len:#x} is past the end of the file"));
             return;
@@ -300,6 +316,10 @@ impl Checker<'_> {
     /// Counts what an L1 table leads to.
     fn tree(&mut self, what: &str, l1_offset: u64, l1_size: u32) {
         let data_file = self.l.incompatible & DATA_FILE != 0;
+        if l1_offset + u64::from(l1_size) * 8 > self.d.len() as u64 {
+            self.bad(|| format!("{what} L1 table is past the end of the file"));
+            return;
+        }
         self.count(&format!("{what} L1 table"), l1_offset, u64::from(l1_size) * 8);
         for i in 0..u64::from(l1_size) {
             let e = be64(self.d, (l1_offset + i * 8) as usize);
@@ -409,7 +429,7 @@ pub(crate) fn check(d: &[u8]) -> Check {
         c.count("bitmap directory", *offset, *size);
         for b in bitmaps {
             c.count("bitmap table", b.table_offset, u64::from(b.table_size) * 8);
-            for i in 0..u64::from(b.table_size) {
+            for i in 0..u64::from(b.table_size).min(d.len() as u64 / 8) {
                 let e = be64(d, (b.table_offset + i * 8) as usize) & OFFSET;
                 if e != 0 {
                     c.count("bitmap data", e, l.cluster());

@@ -4,16 +4,22 @@
 //! ```text
 //! power.rs  crash states and the guest's oracle      world.rs   a seeded schedule over simulated files
 //! image.rs  a second reader and checker              corpus.rs  images by qemu-img in every flavour
-//! crash.rs  the crash suite
+//! crash.rs  the crash suite; judge.rs proves it   races.rs   requests held in the middle, by hand
+//! compat.rs with QEMU, both ways                 malformed.rs  broken images            driver.rs  the driver as used here
 //! ```
 //! Every random test prints its seed when it fails, and takes it back by `CONBD_SEED`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod compat;
 mod corpus;
 mod crash;
+mod driver;
 mod image;
+mod judge;
+mod malformed;
 mod power;
+mod races;
 #[path = "../it/support.rs"]
 mod support;
 mod world;

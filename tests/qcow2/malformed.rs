@@ -3,9 +3,14 @@
 //! change what it was not asked to change.
 
 use crate::corpus::{noise, qemu_img, qemu_io, text};
-use crate::image::{Layout, be32, be64};
+use crate::driver::Threads;
+use crate::image::{self, Layout, be32, be64};
+use conbd::block::qcow2::Qcow2Node;
+use conbd::block::{BlockNode, WriteFlags};
 use std::fs;
+use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
+use std::sync::Arc;
 
 /// A change of a good image.
 pub(crate) struct Mutation {
@@ -104,9 +109,29 @@ pub(crate) fn mutations(d: &[u8], extras: bool) -> Vec<Mutation> {
     for &(name, at, width) in FIELDS {
         let old = d[at as usize..at as usize + width].iter().fold(0u64, |v, &b| v << 8 | u64::from(b));
         let max = if width == 8 { u64::MAX } else { (1 << (8 * width)) - 1 };
-        let mut values = vec![0, 1, old + 1, old.wrapping_sub(1) & max, max, max - 7, max / 2 + 1, max / 2, 1 << (4 * width)];
+        let mut values = vec![
+            0,
+            1,
+            old + 1,
+            old.wrapping_sub(1) & max,
+            max,
+            max - 7,
+            max / 2 + 1,
+            max / 2,
+            1 << (4 * width),
+        ];
         if width == 8 {
-            values.extend([end, end + CLUSTER, 1 << 40, p.l.l1_offset, p.l.reftable_offset, p.l2, p.refblock, 512, 104]);
+            values.extend([
+                end,
+                end + CLUSTER,
+                1 << 40,
+                p.l.l1_offset,
+                p.l.reftable_offset,
+                p.l2,
+                p.refblock,
+                512,
+                104,
+            ]);
         }
         values.sort_unstable();
         values.dedup();
@@ -184,15 +209,17 @@ pub(crate) fn mutations(d: &[u8], extras: bool) -> Vec<Mutation> {
     });
     add("L1 is the L2 table".into(), put(d, 40, &p.l2.to_be_bytes()));
     add("refcount table is the L1 table".into(), put(d, 48, &p.l.l1_offset.to_be_bytes()));
-    for (name, salt) in [("L1", p.l.l1_offset), ("L2", p.l2), ("refcount block", p.refblock), ("refcount table", p.l.reftable_offset)]
-    {
+    for (name, salt) in [
+        ("L1", p.l.l1_offset),
+        ("L2", p.l2),
+        ("refcount block", p.refblock),
+        ("refcount table", p.l.reftable_offset),
+    ] {
         for n in 0..3 {
             add(format!("{name} is noise {n}"), put(d, salt, &noise(16 << 10, salt + n)[12 << 10..]));
         }
     }
     // Compressed streams.
-    let first = p.l2 + 8 * 512;
-    let _ = first;
     for guest in [2u64 << 20] {
         let table = be64(d, (p.l.l1_offset + guest / CLUSTER / 512 * 8) as usize) & 0x00ff_ffff_ffff_fe00;
         let at = table + guest / CLUSTER % 512 * 8;
@@ -203,14 +230,21 @@ pub(crate) fn mutations(d: &[u8], extras: bool) -> Vec<Mutation> {
                 continue;
             }
             let offset = e & ((1 << 58) - 1);
-            add(format!("compressed cluster {i} is noise"), put(d, offset, &noise(16 << 10, i)[12 << 10..][..256]));
+            add(
+                format!("compressed cluster {i} is noise"),
+                put(d, offset, &noise(16 << 10, i)[12 << 10..][..256]),
+            );
             add(format!("compressed cluster {i} is zeroes"), put(d, offset, &[0; 128]));
-            add(format!("compressed cluster {i} is cut"), put(d, at + i * 8, &(1u64 << 62 | (offset + 9)).to_be_bytes()));
+            add(
+                format!("compressed cluster {i} is cut"),
+                put(d, at + i * 8, &(1u64 << 62 | (offset + 9)).to_be_bytes()),
+            );
             break;
         }
     }
     // Files cut short or grown.
-    for len in [0, 1, 4, 8, 71, 72, 103, 104, 112, 4095, 4096, 8192, d.len() / 2, d.len() - 4096, d.len() - 1] {
+    for len in [0, 1, 4, 8, 71, 72, 103, 104, 112, 4095, 4096, 8192, d.len() / 2, d.len() - 4096, d.len() - 1]
+    {
         add(format!("cut to {len}"), d[..len.min(d.len())].to_vec());
     }
     // Extensions.
@@ -309,4 +343,177 @@ pub(crate) fn mutations(d: &[u8], extras: bool) -> Vec<Mutation> {
         }
     }
     out
+}
+
+/// Data clusters with several entries and a refcount of 1: only a full check can see that, so a write to one is seen
+/// through all.
+const UNSEEN: &[&str] = &["L2 full of one cluster"];
+
+/// What one broken image did to us.
+fn probe_one(threads: &Threads, dir: &Path, m: &Mutation) -> Result<(), String> {
+    let path = dir.join("bad.qcow2");
+    fs::write(&path, &m.bytes).unwrap();
+    let was_clean = is_clean(&m.bytes);
+    // Reading.
+    let mut before: Vec<Option<Vec<u8>>> = Vec::new();
+    match threads.open(&path, true, None) {
+        Err(e) => {
+            if !e.contains("bad.qcow2") && !e.contains("not-there") {
+                return Err(format!("the error names no image: {e}"));
+            }
+        }
+        Ok(node) => {
+            before = read_clusters(threads, &node);
+            threads.close(node).ok();
+            if fs::read(&path).unwrap() != m.bytes {
+                return Err("reading has changed the image".to_owned());
+            }
+        }
+    }
+    // Writing: what succeeds must be there when the image is opened again, and all else must be as it was.
+    let Ok(node) = threads.open(&path, false, None) else { return Ok(()) };
+    let len = node.len();
+    let writes: Vec<(u64, u8)> = [
+        0,
+        5000,
+        8192,
+        100 << 10,
+        800 << 10,
+        1 << 20,
+        (1 << 20) + 70_000,
+        2 << 20,
+        (2 << 20) + 9000,
+        2900 << 10,
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(i, at)| (at, 0xa0 + i as u8))
+    .filter(|w| w.0 + 3000 <= len)
+    .collect();
+    let (writer, todo) = (Arc::clone(&node), writes.clone());
+    let (acked, flushed) = threads.run(move || {
+        let ok = |w: &(u64, u8)| {
+            writer.co_pwritev(w.0, &[IoSlice::new(&[w.1; 3000])], WriteFlags::empty()).is_ok()
+        };
+        let mut acked: Vec<(u64, u8)> = todo.into_iter().filter(ok).collect();
+        if len >= 3 << 20 && writer.co_pwrite_zeroes(1 << 20, 8192, WriteFlags::MAY_UNMAP).is_ok() {
+            acked.push((1 << 20, 0));
+        }
+        let flushed = writer.co_flush().is_ok();
+        // Once more, so that what was freed may be taken.
+        let again = len >= 3 << 20
+            && writer.co_pwritev(2800 << 10, &[IoSlice::new(&[0x77; 3000])], WriteFlags::empty()).is_ok();
+        if again {
+            acked.push((2800 << 10, 0x77));
+        }
+        (acked, flushed && writer.co_flush().is_ok())
+    });
+    let closed = threads.close(node);
+    if !flushed || closed.is_err() {
+        return Ok(());
+    }
+    let node = match threads.open(&path, true, None) {
+        Ok(n) => n,
+        Err(e) => return Err(format!("it took writes, and cannot be opened any more: {e}")),
+    };
+    let after = read_clusters(threads, &node);
+    threads.close(node).ok();
+    if UNSEEN.contains(&m.name.as_str()) {
+        return Ok(());
+    }
+    for (i, (old, new)) in before.iter().zip(&after).enumerate() {
+        let Some(mut want) = old.clone() else { continue };
+        let start = i as u64 * CLUSTER;
+        for &(at, value) in &acked {
+            let n = if value == 0 { 8192 } else { 3000 };
+            let (from, to) = (at.max(start), (at + n).min(start + want.len() as u64));
+            if from < to {
+                want[(from - start) as usize..(to - start) as usize].fill(value);
+            }
+        }
+        match new {
+            Some(new) if *new == want => {}
+            Some(_) => return Err(format!("guest cluster {i} holds something else after writes elsewhere")),
+            None => return Err(format!("guest cluster {i} cannot be read any more")),
+        }
+    }
+    if was_clean {
+        let found = image::check(&fs::read(&path).unwrap());
+        if !found.corruptions.is_empty() {
+            return Err(format!("a consistent image has become corrupt: {:?}", found.corruptions));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the tests' own checker finds nothing; it is not made for such images, and gives up on some.
+fn is_clean(bytes: &[u8]) -> bool {
+    std::panic::catch_unwind(|| image::check(bytes)).is_ok_and(|c| c.corruptions.is_empty())
+}
+
+/// Guest clusters, those that can be read; at most the first 4 MiB.
+fn read_clusters(threads: &Threads, node: &Arc<Qcow2Node>) -> Vec<Option<Vec<u8>>> {
+    let node = Arc::clone(node);
+    threads.run(move || {
+        let end = node.len().min(4 << 20);
+        (0..end.div_ceil(CLUSTER))
+            .map(|i| {
+                let at = i * CLUSTER;
+                let mut buf = vec![0; CLUSTER.min(end - at) as usize];
+                node.co_preadv(at, &mut [IoSliceMut::new(&mut buf)]).ok().map(|()| buf)
+            })
+            .collect()
+    })
+}
+
+/// Most memory that this process ever had, in KiB.
+fn peak_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn survive(options: &str, extras: bool, at_least: usize) {
+    let threads = Threads::new(2);
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path(), options, extras);
+    let all = mutations(&image, extras);
+    assert!(all.len() >= at_least, "{} mutations are few", all.len());
+    // A healthy image is served all the while, on the same thread.
+    let healthy_path = dir.path().join("healthy.qcow2");
+    fs::write(&healthy_path, &image).unwrap();
+    let healthy = threads.open(&healthy_path, false, None).unwrap();
+    let peak = peak_kib();
+    let mut failures = Vec::new();
+    let verbose = std::env::var_os("CONBD_VERBOSE").is_some();
+    for (i, m) in all.iter().enumerate() {
+        if verbose {
+            println!("{} ({} KiB at most)", m.name, peak_kib());
+        }
+        if let Err(e) = probe_one(&threads, dir.path(), m) {
+            failures.push(format!("{}: {e}", m.name));
+        }
+        let (node, value) = (Arc::clone(&healthy), i as u8);
+        threads.run(move || {
+            let at = (i as u64 * 7 % 700) * 4096;
+            node.co_pwritev(at, &[IoSlice::new(&[value; 4096])], WriteFlags::empty()).unwrap();
+            let mut buf = [0; 4096];
+            node.co_preadv(at, &mut [IoSliceMut::new(&mut buf)]).unwrap();
+            assert!(buf == [value; 4096], "the healthy image suffers");
+        });
+    }
+    threads.close(healthy).unwrap();
+    assert_eq!(image::check(&fs::read(healthy_path).unwrap()).corruptions, Vec::<String>::new());
+    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), all.len(), failures.join("\n"));
+    assert!(peak_kib() < peak + (512 << 10), "memory went from {peak} KiB to {} KiB", peak_kib());
+}
+
+#[test]
+fn no_broken_image_harms_us() {
+    survive("", true, 350);
+}
+
+#[test]
+fn no_broken_image_with_other_features_harms_us() {
+    survive(",refcount_bits=1,compression_type=zstd", false, 250);
 }

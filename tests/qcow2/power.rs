@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 pub(crate) const SECTOR: usize = 512;
 
+static ZERO: [u8; SECTOR] = [0; SECTOR];
+
 /// A generator of numbers (SplitMix64): the same seed, the same numbers.
 #[derive(Debug, Clone)]
 pub(crate) struct Rng(pub(crate) u64);
@@ -180,7 +182,7 @@ impl History {
 }
 
 fn judge_sector(allowed: &Allowed, sector: usize, bytes: &[u8], initial: &[u8]) -> Result<(), String> {
-    let zero = bytes.iter().all(|&b| b == 0);
+    let zero = bytes == &ZERO[..bytes.len()];
     if (zero && allowed.zero) || (allowed.initial && bytes == initial) {
         return Ok(());
     }
@@ -217,6 +219,9 @@ impl Recording {
     }
 }
 
+/// What changes have overwritten: where, what, and the hash before.
+type Undo = Vec<(usize, Vec<u8>, u64)>;
+
 /// A file's bytes with a hash that follows them.
 #[derive(Clone)]
 struct Disk {
@@ -227,10 +232,12 @@ struct Disk {
 }
 
 fn sector_hash(at: usize, bytes: &[u8]) -> u64 {
+    if bytes == ZERO {
+        return 0;
+    }
     let mut h = 0u64;
-    for w in bytes.chunks_exact(8) {
-        h = (h.rotate_left(5) ^ u64::from_ne_bytes([w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]]))
-            .wrapping_mul(0x517c_c1b7_2722_0a95);
+    for w in bytes.as_chunks::<8>().0 {
+        h = (h.rotate_left(5) ^ u64::from_ne_bytes(*w)).wrapping_mul(0x517c_c1b7_2722_0a95);
     }
     // Zeroes are nothing, wherever they are.
     if h == 0 {
@@ -255,25 +262,34 @@ impl Disk {
         self.hash ^ (self.len as u64).wrapping_mul(0xff51_afd7_ed55_8ccd)
     }
 
-    /// Puts bytes (or zeroes), keeping the hash; the old sectors go to `undo`.
-    fn put(&mut self, at: usize, data: Option<&[u8]>, len: usize, undo: Option<&mut Vec<(usize, Vec<u8>)>>) {
+    /// Puts bytes (or zeroes), keeping the hash; what was there goes to `undo`.
+    fn put(&mut self, at: usize, data: Option<&[u8]>, len: usize, undo: Option<&mut Undo>) {
         if len == 0 {
             return;
         }
         let first = at / SECTOR * SECTOR;
         let last = (at + len).next_multiple_of(SECTOR);
-        for s in (first..last).step_by(SECTOR) {
-            self.hash = self.hash.wrapping_sub(sector_hash(s, &self.bytes[s..s + SECTOR]));
-        }
+        let hash_of = |bytes: &[u8]| {
+            let sectors = bytes.chunks(SECTOR).enumerate();
+            sectors.fold(0u64, |h, (i, s)| h.wrapping_add(sector_hash(first + i * SECTOR, s)))
+        };
+        let before = hash_of(&self.bytes[first..last]);
         if let Some(undo) = undo {
-            undo.push((first, self.bytes[first..last].to_vec()));
+            undo.push((at, self.bytes[at..at + len].to_vec(), self.hash));
         }
         match data {
             Some(d) => self.bytes[at..at + len].copy_from_slice(d),
             None => self.bytes[at..at + len].fill(0),
         }
-        for s in (first..last).step_by(SECTOR) {
-            self.hash = self.hash.wrapping_add(sector_hash(s, &self.bytes[s..s + SECTOR]));
+        let after = hash_of(&self.bytes[first..last]);
+        self.hash = self.hash.wrapping_sub(before).wrapping_add(after);
+    }
+
+    /// Takes everything back.
+    fn undo(&mut self, undo: &mut Undo) {
+        while let Some((at, old, hash)) = undo.pop() {
+            self.bytes[at..at + old.len()].copy_from_slice(&old);
+            self.hash = hash;
         }
     }
 
@@ -372,7 +388,9 @@ struct Judge<'a, 'b> {
     allowed: Vec<Allowed>,
     epoch: u64,
     disk: Vec<u8>,
-    /// Metadata verdicts by image.
+    /// What was found good last in each sector, and the epoch of that.
+    good: Vec<u8>,
+    good_in: Vec<u64>,
     seen_states: HashSet<(u64, u64)>,
     verdict: Verdict,
     extra: &'b mut Extra<'a>,
@@ -407,8 +425,13 @@ impl Judge<'_, '_> {
         let l = Layout::parse(image)?;
         self.reader.read(&l, image, views.get(1).copied(), (l.l1_offset, l.l1_size), &mut self.disk)?;
         for (s, bytes) in self.disk.chunks(SECTOR).enumerate() {
-            let initial = &self.crash.initial[s * SECTOR..][..bytes.len()];
-            judge_sector(&self.allowed[s], s, bytes, initial)?;
+            let place = s * SECTOR..s * SECTOR + bytes.len();
+            if self.good_in[s] == self.epoch && self.good[place.clone()] == *bytes {
+                continue;
+            }
+            judge_sector(&self.allowed[s], s, bytes, &self.crash.initial[place.clone()])?;
+            self.good[place].copy_from_slice(bytes);
+            self.good_in[s] = self.epoch;
         }
         for s in &l.snapshots {
             let Some(want) = self.crash.snapshots.get(&s.name) else {
@@ -457,6 +480,8 @@ pub(crate) fn enumerate(crash: &Crash<'_>, effort: Effort, seed: u64, extra: &mu
         allowed: Vec::new(),
         epoch: 0,
         disk: vec![0; crash.initial.len()],
+        good: vec![0; crash.initial.len()],
+        good_in: vec![0; crash.history.sectors],
         seen_states: HashSet::new(),
         verdict: Verdict::default(),
         extra,
@@ -502,7 +527,7 @@ pub(crate) fn enumerate(crash: &Crash<'_>, effort: Effort, seed: u64, extra: &mu
         }
         let mut try_state = |name: &str, which: &dyn Fn(usize) -> Option<Part>, size: Size| {
             let lens: Vec<usize> = disks.iter().map(|d| d.len).collect();
-            let mut undo: Vec<Vec<(usize, Vec<u8>)>> = vec![Vec::new(); disks.len()];
+            let mut undo: Vec<Undo> = vec![Vec::new(); disks.len()];
             for (i, &(f, op)) in optional.iter().enumerate() {
                 if size == Size::Full {
                     disks[f].len = size_after(&op.change, disks[f].len);
@@ -525,10 +550,7 @@ pub(crate) fn enumerate(crash: &Crash<'_>, effort: Effort, seed: u64, extra: &mu
                 format!("crash at {t}: {name}, size {size:?}, {} optional", optional.len())
             });
             for (f, d) in disks.iter_mut().enumerate() {
-                while let Some((at, old)) = undo[f].pop() {
-                    let len = old.len();
-                    d.put(at, Some(&old), len, None);
-                }
+                d.undo(&mut undo[f]);
                 d.len = lens[f];
             }
         };
@@ -574,13 +596,7 @@ pub(crate) fn enumerate(crash: &Crash<'_>, effort: Effort, seed: u64, extra: &mu
 }
 
 /// Applies a change, or pieces of it, except where `over` has newer bytes.
-fn apply_part(
-    d: &mut Disk,
-    c: &SimChange,
-    part: Part,
-    over: &[(usize, usize)],
-    mut undo: Option<&mut Vec<(usize, Vec<u8>)>>,
-) {
+fn apply_part(d: &mut Disk, c: &SimChange, part: Part, over: &[(usize, usize)], mut undo: Option<&mut Undo>) {
     if let SimChange::Truncate { len, shrinks: true } = c {
         let len = *len as usize;
         let end = d.bytes.len();

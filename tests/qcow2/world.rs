@@ -289,3 +289,26 @@ pub(crate) fn script(rng: &mut Rng, sectors: usize, steps: usize, h: Habits) -> 
     }
     out
 }
+
+/// Guests with scripts of their own.
+pub(crate) fn guests(
+    w: &mut World,
+    node: &Arc<dyn BlockNode>,
+    guest: &Arc<Mutex<Guest>>,
+    count: usize,
+    steps: usize,
+    habits: Habits,
+) -> Vec<Box<dyn FnOnce() + Send>> {
+    let sectors = guest.lock().unwrap().history.sectors;
+    (0..count)
+        .map(|_| {
+            let steps = script(&mut w.rng, sectors, steps, habits);
+            let (node, guest, clock) = (Arc::clone(node), Arc::clone(guest), w.clock.clone());
+            Box::new(move || {
+                for s in steps {
+                    co_step(&*node, &guest, &clock, s);
+                }
+            }) as Box<dyn FnOnce() + Send>
+        })
+        .collect()
+}
