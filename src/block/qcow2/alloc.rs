@@ -12,6 +12,7 @@
 //!
 //! Known zero: a cluster past the end of the file at open, that this process has not freed since, reads as zeroes.
 
+use super::entry::Geometry;
 use super::node::Qcow2Node;
 use super::refcounts::Refcounts;
 use crate::block::shard;
@@ -23,6 +24,11 @@ use std::ops::Range;
 /// Clusters that a thread takes at once: this many bytes, within bounds (ours).
 const ARENA_BYTES: u64 = 1 << 20;
 const ARENA_MAX: u64 = 256;
+
+/// Clusters of an arena of so many bytes.
+pub(super) fn arena_clusters(g: Geometry, bytes: Option<u64>) -> u64 {
+    (bytes.unwrap_or(ARENA_BYTES) >> g.cluster_bits).clamp(1, ARENA_MAX)
+}
 
 /// Free extents that are remembered; more make the allocator search from the start again (ours).
 const MAX_EXTENTS: usize = 64 << 10;
@@ -198,11 +204,15 @@ impl Qcow2Node {
     /// Takes at most `want` host clusters for data, at least 1. They belong to the caller, who links or frees them.
     /// Yields.
     pub(super) fn co_alloc(&self, want: u64) -> Result<Run> {
+        if self.is_sabotaged(super::Sabotage::NoQuarantine) {
+            let mut arena = lock(self.arenas.get(shard::index()));
+            let run = |c: Range<u64>| Run { first: c.start, count: c.end - c.start, zero: false };
+            arena.extend(self.take_pending().into_iter().map(|f| run(f.clusters)));
+        }
         if let Some(run) = take_from(&mut lock(self.arenas.get(shard::index())), want) {
             return Ok(run);
         }
-        let arena = (ARENA_BYTES >> self.g.cluster_bits).clamp(1, ARENA_MAX);
-        let mut run = self.alloc.co_lock().co_take(self, want.max(arena))?;
+        let mut run = self.alloc.co_lock().co_take(self, want.max(self.arena_clusters))?;
         if run.count > want {
             let rest = Run { first: run.first + want, count: run.count - want, zero: run.zero };
             // The thread may be another than before; any arena will do.
@@ -258,7 +268,11 @@ impl Qcow2Node {
             let batch = {
                 let mut a = self.alloc.co_lock();
                 match a.grace.front() {
-                    Some((then, _)) if self.epochs.is_over(*then) => a.grace.pop_front().map(|b| b.1),
+                    Some((then, _))
+                        if self.epochs.is_over(*then) || self.is_sabotaged(super::Sabotage::NoGrace) =>
+                    {
+                        a.grace.pop_front().map(|b| b.1)
+                    }
                     _ => None,
                 }
             };

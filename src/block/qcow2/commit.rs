@@ -24,6 +24,26 @@ use crossbeam_utils::CachePadded;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
+/// What a commit leaves out on purpose: the crash suite must notice each.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum Sabotage {
+    /// Nothing: the only choice outside of tests.
+    #[default]
+    None = 0,
+    /// The barrier between counts and data on one side and pointers on the other.
+    NoBarrierBeforePointers = 1,
+    /// The barrier after pointers.
+    NoBarrierAfterPointers = 2,
+    /// The order of counts and pointers.
+    PointersFirst = 3,
+    /// The wait until an unlinking is durable before the cluster is free.
+    NoQuarantine = 4,
+    /// The wait until requests that looked a cluster up have ended.
+    NoGrace = 5,
+}
+
 /// Pointers changed since the last commit began.
 const DIRTY: u8 = 1;
 /// A commit is running.
@@ -67,11 +87,18 @@ pub(super) struct Commits {
     begun: AtomicU64,
     /// Number of the last commit that has succeeded.
     done: AtomicU64,
+    /// A [`Sabotage`].
+    sabotage: AtomicU8,
 }
 
 impl Commits {
     pub(super) fn new() -> Commits {
-        Commits { gate: CoMutex::new(()), begun: AtomicU64::new(0), done: AtomicU64::new(0) }
+        Commits {
+            gate: CoMutex::new(()),
+            begun: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            sabotage: AtomicU8::new(Sabotage::None as u8),
+        }
     }
 
     /// How many commits have begun.
@@ -81,6 +108,16 @@ impl Commits {
 }
 
 impl Qcow2Node {
+    /// Leaves something out from now on. For the tests of the tests.
+    #[doc(hidden)]
+    pub fn sabotage(&self, what: Sabotage) {
+        self.commits.sabotage.store(what as u8, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_sabotaged(&self, what: Sabotage) -> bool {
+        self.commits.sabotage.load(Ordering::Relaxed) == what as u8
+    }
+
     /// Makes everything durable that completed before the call. Yields.
     pub(super) fn co_commit(&self) -> Result<()> {
         if self.map.flag.is_clean() {
@@ -113,14 +150,19 @@ impl Qcow2Node {
         let slices = self.map.take_dirty();
         let counts = self.alloc.co_lock().refcounts.take_dirty();
 
-        let r = self.co_write_counts(&counts).and_then(|()| self.co_barrier_all());
+        if self.is_sabotaged(Sabotage::PointersFirst) {
+            self.co_write_pointers(&l1, &slices)?;
+        }
+        let r = self.co_write_counts(&counts).and_then(|()| {
+            if self.is_sabotaged(Sabotage::NoBarrierBeforePointers) { Ok(()) } else { self.co_barrier_all() }
+        });
         self.alloc.co_lock().refcounts.written(&counts, r.is_ok());
         let r = r.and_then(|()| {
             if l1.is_empty() && slices.is_empty() {
                 return Ok(());
             }
             self.co_write_pointers(&l1, &slices)?;
-            self.co_barrier()
+            if self.is_sabotaged(Sabotage::NoBarrierAfterPointers) { Ok(()) } else { self.co_barrier() }
         });
         self.map.written(&slices, r.is_ok());
         if let Err(e) = r {

@@ -34,6 +34,8 @@ mod refcounts;
 mod write;
 mod zero;
 
+#[doc(hidden)]
+pub use commit::Sabotage;
 pub use error::FormatError;
 pub use fields::SnapshotSel;
 pub use node::Qcow2Node;

@@ -69,6 +69,8 @@ pub struct Qcow2Node {
     /// Held while an L2 table is made or copied.
     pub(super) tables: CoMutex<()>,
     pub(super) arenas: Sharded<Mutex<Vec<Run>>>,
+    /// Clusters of an arena.
+    pub(super) arena_clusters: u64,
     pub(super) alloc: CoMutex<Alloc>,
     pub(super) pending: Mutex<Pending>,
     /// L1 entries that differ from the file.
@@ -76,6 +78,8 @@ pub struct Qcow2Node {
     pub(super) commits: Commits,
     pub(super) compressed: CompressedCache,
     /// Host clusters that hold metadata; kept of writable images only.
+    /// A cluster that two tables were found to lie in when the image was opened.
+    overlap: OnceLock<u64>,
     metadata: RwLock<HashSet<u64>>,
     pub(super) header: Mutex<Fields>,
     hooks: OnceLock<Vec<Arc<dyn WriteHook>>>,
@@ -224,12 +228,14 @@ impl Qcow2Node {
             claims: Claims::default(),
             tables: CoMutex::new(()),
             arenas: Sharded::new(),
+            arena_clusters: super::alloc::arena_clusters(g, options.arena_bytes),
             alloc: CoMutex::new(Alloc::new(refcounts, fresh)),
             pending: Mutex::new(Pending::default()),
             l1_dirty: Mutex::new(BTreeSet::new()),
             commits: Commits::new(),
             compressed: CompressedCache::new(g.cluster_size()),
             metadata: RwLock::new(HashSet::new()),
+            overlap: OnceLock::new(),
             header: Mutex::new(header),
             hooks: OnceLock::new(),
             ready: AtomicBool::new(false),
@@ -324,6 +330,9 @@ impl Qcow2Node {
         if self.ready.load(Ordering::SeqCst) {
             return Ok(());
         }
+        if let Some(cluster) = self.overlap.get() {
+            return Err(self.co_mark_corrupt("two tables share a cluster", cluster << self.g.cluster_bits));
+        }
         self.co_check_own_counts()?;
         // Unknown autoclear features are not kept up by us; bitmaps are if somebody does it.
         let keep = {
@@ -349,12 +358,14 @@ impl Qcow2Node {
         let l1 = l1..l1 + g.clusters_for(self.map.l1_len() * 8);
         let table = a.refcounts.table_clusters();
         for (clusters, what) in [
-            (0..1, "the header's cluster has refcount 0"),
+            (0..1, "the header's cluster has another refcount than 1"),
             (l1, "the L1 table has refcount 0"),
             (table, "the refcount table has refcount 0"),
         ] {
             for c in clusters {
-                if a.refcounts.co_get(c, self)? == 0 {
+                // A wrong refcount width makes ones of the header's something else.
+                let count = a.refcounts.co_get(c, self)?;
+                if count == 0 || (c == 0 && count != 1) {
                     return Err(self.co_mark_corrupt(what, c << g.cluster_bits));
                 }
             }
@@ -466,7 +477,11 @@ impl Qcow2Node {
         let mut set = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
         let mut add = |offset: u64, bytes: u64| {
             let first = offset >> g.cluster_bits;
-            set.extend(first..first + g.clusters_for(bytes));
+            for c in first..first + g.clusters_for(bytes) {
+                if !set.insert(c) {
+                    self.overlap.get_or_init(|| c);
+                }
+            }
         };
         add(0, 1);
         add(self.l1_offset.load(Ordering::SeqCst), self.map.l1_len() * 8);

@@ -21,6 +21,8 @@ pub struct Qcow2OpenOptions {
     pub discard: DiscardMode,
     /// Bytes of L2 tables that are kept in memory; `None`: all of them, up to a bound.
     pub l2_cache_bytes: Option<u64>,
+    /// Bytes of clusters that a thread takes at once, so that it allocates without a lock; `None`: 1 MiB.
+    pub arena_bytes: Option<u64>,
 }
 
 /// Why an image cannot be opened; the text says what to do about it.
