@@ -70,6 +70,11 @@ fn images_by_qemu_read_equal_2() {
     reads_equal(part(1, 2));
 }
 
+/// Whether qemu-img check found leaks and nothing else.
+fn leaks_only(r: &Result<String, String>) -> bool {
+    r.as_ref().is_err_and(|e| e.contains("exit status: 3") && !e.contains("ERROR"))
+}
+
 /// Guests on several IOThreads at once, then everybody's opinion of the image.
 fn write_and_check(flavours: impl Iterator<Item = &'static Flavour>, seed: u64) {
     let threads = Threads::new(4);
@@ -83,6 +88,12 @@ fn write_and_check(flavours: impl Iterator<Item = &'static Flavour>, seed: u64) 
         let built = build(flavour, dir.path());
         let below = others(dir.path(), &built.path);
         let initial = built.content.unwrap();
+        if let Make::Dirty = flavour.make {
+            // Its refcounts are behind: it is not written before they are right.
+            let refused = threads.open(&built.path, false, None).err().expect("a dirty image is not written");
+            assert!(refused.contains("repair"), "{refused}");
+            run("qemu-img", &["check", "-q", "-f", "qcow2", "-r", "all", text(&built.path)]).unwrap();
+        }
         let node = threads.open(&built.path, false, None).unwrap_or_else(|e| panic!("{name}: {e}"));
         let guest = Guest::new(initial.len());
         let clock = SimClock::default();
@@ -115,15 +126,17 @@ fn write_and_check(flavours: impl Iterator<Item = &'static Flavour>, seed: u64) 
         threads.close(node).unwrap();
         let guest = guest.lock().unwrap();
         assert_eq!(guest.errors, Vec::<String>::new(), "{name}");
-        guest.judge_reads(&initial).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let judged = guest.history.judge_read(0, &data, issued, clock.tick(), &initial);
+        guest.judge_reads(&initial, true).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let judged = guest.history.judge_read(0, &data, issued, clock.tick(), &initial, false);
         judged.unwrap_or_else(|e| panic!("{name}: {e}"));
         let bytes = fs::read(&built.path).unwrap();
         let found = image::check(&bytes);
         assert_eq!(found.corruptions, Vec::<String>::new(), "{name}");
-        assert_eq!(found.leaks, 0, "{name}: clusters are leaked by an orderly close");
-        run("qemu-img", &["check", "-q", "-f", "qcow2", text(&built.path)])
-            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        // Without somebody who keeps bitmaps up they are given up by the format's rule: their clusters are leaked.
+        let bitmaps = matches!(flavour.make, Make::Bitmaps(_));
+        assert!(bitmaps || found.leaks == 0, "{name}: an orderly close has leaked {} clusters", found.leaks);
+        let by_qemu = run("qemu-img", &["check", "-q", "-f", "qcow2", text(&built.path)]);
+        assert!(by_qemu.is_ok() || (bitmaps && leaks_only(&by_qemu)), "{name}: {by_qemu:?}");
         assert_eq!(
             difference(&content_by_qemu(&built.path, None), &data),
             None,
@@ -143,10 +156,6 @@ fn write_and_check(flavours: impl Iterator<Item = &'static Flavour>, seed: u64) 
                 None,
                 "{name}: the raw data file differs"
             );
-        }
-        if let Make::Bitmaps(_) = flavour.make {
-            let out = run("qemu-img", &["info", "--output=json", text(&built.path)]).unwrap();
-            assert!(out.contains("bitmap0"), "{name}: the bitmaps are gone: {out}");
         }
     }
 }

@@ -238,7 +238,7 @@ fn crash(s: &Scenario, seed: u64, sabotage: Sabotage, effort: Effort) -> (usize,
     let ran = run_driver(s, &begin, seed, sabotage);
     let guest = ran.guest.lock().unwrap();
     let mut failures: Vec<String> = guest.errors.clone();
-    failures.extend(guest.judge_reads(&begin.content).err());
+    failures.extend(guest.judge_reads(&begin.content, false).err());
     let crash = Crash {
         files: &ran.files,
         history: &guest.history,

@@ -201,7 +201,7 @@ fn naive_run(bug: Bug, seed: u64) -> Verdict {
     let guest = guest.lock().unwrap();
     assert_eq!(guest.errors, Vec::<String>::new());
     let initial = vec![0; bytes];
-    guest.judge_reads(&initial).unwrap();
+    guest.judge_reads(&initial, false).unwrap();
     let crash = Crash {
         files: &[Recording::of(&file)],
         history: &guest.history,

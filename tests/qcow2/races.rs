@@ -132,8 +132,8 @@ impl Rig {
         self.w.co(move || node.co_close()).unwrap();
         let guest = self.guest.lock().unwrap();
         assert_eq!(guest.errors, Vec::<String>::new());
-        guest.judge_reads(&self.initial).unwrap();
-        guest.history.judge_read(0, &data, issued, self.w.clock.tick(), &self.initial).unwrap();
+        guest.judge_reads(&self.initial, false).unwrap();
+        guest.history.judge_read(0, &data, issued, self.w.clock.tick(), &self.initial, false).unwrap();
         let found = image::check(&self.file.content());
         assert_eq!(found.corruptions, Vec::<String>::new());
         let snapshots: BTreeMap<String, Vec<u8>> = image::Layout::parse(&self.file.base())

@@ -150,10 +150,10 @@ impl Guest {
         Arc::new(Mutex::new(Guest { history, ..Guest::default() }))
     }
 
-    /// Judges all reads.
-    pub(crate) fn judge_reads(&self, initial: &[u8]) -> Result<(), String> {
+    /// Judges all reads; `torn` as in [`History::judge_read`].
+    pub(crate) fn judge_reads(&self, initial: &[u8], torn: bool) -> Result<(), String> {
         for r in &self.reads {
-            self.history.judge_read(r.first, &r.data, r.issued, r.answered, initial)?;
+            self.history.judge_read(r.first, &r.data, r.issued, r.answered, initial, torn)?;
         }
         Ok(())
     }
