@@ -22,6 +22,8 @@ def connect(structured=True):
     h.set_full_info(True)
     # Let everything through, so that the server judges.
     h.set_strict_mode(0)
+    # The URI may name a file with keys.
+    h.set_uri_allow_local_file(True)
     h.connect_uri(uri)
     return h
 

@@ -4,6 +4,8 @@ import nbd, sys
 MIB = 1024 * 1024
 h = nbd.NBD()
 h.set_strict_mode(0)
+# The URI may name a file with keys.
+h.set_uri_allow_local_file(True)
 h.connect_uri(sys.argv[1])
 for length in (32 * MIB - 1, 32 * MIB, 32 * MIB + 1, 50_000_000, 64 * MIB):
     data = bytes([length % 251]) * (length - 7) + b"the end"

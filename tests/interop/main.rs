@@ -12,6 +12,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod harness;
+#[path = "../it/pki.rs"]
+#[expect(dead_code, reason = "the integration tests use the rest")]
+mod pki;
 mod tools;
 mod wire;
 
@@ -25,3 +28,4 @@ mod locks;
 mod options;
 mod qemu;
 mod shutdown;
+mod tls;

@@ -66,6 +66,8 @@ pub(crate) struct Wish<'a> {
     pub(crate) email: &'a [&'a str],
     pub(crate) uri: &'a [&'a str],
     pub(crate) expired: bool,
+    /// Also for key encipherment, which nobody does any more, and QEMU asks for in its own certificates.
+    pub(crate) encipher: bool,
     /// A CA, or an end of a connection.
     pub(crate) ca: bool,
 }
@@ -80,6 +82,7 @@ impl Default for Wish<'_> {
             email: &[],
             uri: &[],
             expired: false,
+            encipher: false,
             ca: false,
         }
     }
@@ -115,7 +118,12 @@ pub(crate) fn issue(by: Option<&Identity>, wish: &Wish<'_>) -> Identity {
         b.append_extension(KeyUsage::new().critical().key_cert_sign().crl_sign().build().unwrap()).unwrap();
     } else {
         b.append_extension(BasicConstraints::new().build().unwrap()).unwrap();
-        b.append_extension(KeyUsage::new().critical().digital_signature().build().unwrap()).unwrap();
+        let mut usage = KeyUsage::new();
+        usage.critical().digital_signature();
+        if wish.encipher {
+            usage.key_encipherment();
+        }
+        b.append_extension(usage.build().unwrap()).unwrap();
         b.append_extension(ExtendedKeyUsage::new().server_auth().client_auth().build().unwrap()).unwrap();
     }
     let mut names = SubjectAlternativeName::new();
@@ -164,11 +172,18 @@ impl Pki {
             ..Wish::default()
         };
         issue(Some(&ca), &wish).write(dir.path(), "server");
-        let wish = Wish { subject: &[("C", "DE"), ("O", "Example"), ("CN", "client")], ..Wish::default() };
+        let wish = Wish {
+            subject: &[("C", "DE"), ("O", "Example"), ("CN", "client")],
+            encipher: true,
+            ..Wish::default()
+        };
         let client = issue(Some(&ca), &wish);
         client.write(dir.path(), "client");
-        std::fs::write(dir.path().join("keys.psk"), "alice:00112233445566778899aabbccddeeff\nbob:ffee\n")
-            .unwrap();
+        std::fs::write(
+            dir.path().join("keys.psk"),
+            "alice:00112233445566778899aabbccddeeff\nbob:ffeeddccbbaa99887766554433221100\n",
+        )
+        .unwrap();
         Pki { dir, ca, client }
     }
 
