@@ -97,7 +97,7 @@ impl Client {
         for cookie in 0..depth {
             self.at = (self.at + (1 << 20) + u64::from(len)) % (SIZE - u64::from(len));
             let offset = self.at / 4096 * 4096;
-            let header = RequestHeader { flags: CmdFlags::empty(), cmd, cookie, offset, len };
+            let header = RequestHeader { flags: CmdFlags::empty(), cmd, cookie, offset, len: len.into() };
             self.out.extend(header.encode());
             if cmd == NBD_CMD_WRITE {
                 self.out.resize(self.out.len() + len as usize, 0x5a);

@@ -4,7 +4,7 @@
 //! of it the copy), telling a page of data from a hole next to nothing, and a page of zeroes under 100 ns.
 
 use conbd::nbd::proto::*;
-use conbd::nbd::reply::{Batch, INPLACE_HEADER, Next, is_zero};
+use conbd::nbd::reply::{Batch, Next, is_zero};
 use conbd::nbd::request::{View, next_header, validate};
 use conbd::nbd::wire::*;
 use conbd::util::buf::IoBuf;
@@ -28,12 +28,12 @@ fn decode(c: &mut Criterion) {
     let mut g = c.benchmark_group("decode");
     let n = 64;
     let input = requests(n);
-    let view = View { size: 1 << 30, flags: TransmissionFlags::all(), has_contexts: true };
+    let view = View { size: 1 << 30, flags: TransmissionFlags::all(), has_contexts: true, extended: false };
     g.throughput(Throughput::Elements(n));
     g.bench_function("header+validate", |b| {
         b.iter(|| {
             let mut rest = black_box(&input[..]);
-            while let Ok(Some(h)) = next_header(rest) {
+            while let Ok(Some(h)) = next_header(rest, false) {
                 rest = &rest[RequestHeader::LEN..];
                 black_box(validate(&h, &view).is_ok());
             }
@@ -54,11 +54,15 @@ fn batch(c: &mut Criterion) {
                 Batch::new,
                 |batch| {
                     for cookie in 0..n {
-                        let header = if structured { INPLACE_HEADER } else { SimpleReply::LEN };
+                        let header = if structured {
+                            ReplyTo::compact(cookie).offset_data_len()
+                        } else {
+                            SimpleReply::LEN
+                        };
                         let room = batch.room(header + 4096);
                         room[header..].copy_from_slice(&data);
                         if structured {
-                            batch.commit_sparse(DONE, cookie, cookie * 4096, 4096);
+                            batch.commit_sparse(DONE, ReplyTo::compact(cookie), cookie * 4096, 4096);
                         } else {
                             room[..header].copy_from_slice(&SimpleReply { error: None, cookie }.encode());
                             batch.commit(header + 4096);
@@ -93,7 +97,7 @@ fn zero_scan(c: &mut Criterion) {
             || IoBuf::from(&data[..]),
             |buf| {
                 let mut batch = Batch::new();
-                batch.put_sparse(DONE, 1, 0, buf);
+                batch.put_sparse(DONE, ReplyTo::compact(1), 0, buf);
                 batch
             },
             BatchSize::SmallInput,

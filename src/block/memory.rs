@@ -8,6 +8,8 @@
 //! several pages is not atomic, as on a disk.
 
 use super::{BlockNode, Error, Extent, Limits, Result, StatusFlags, WriteFlags, iov};
+use crate::aio::AioContext;
+use crate::co::{Coroutine, co_yield};
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -174,6 +176,30 @@ impl MemoryNode {
         }
     }
 
+    /// Zeroes a range of any length: passes over what has no tables, and lets the loop turn after each chunk that has.
+    fn co_zero(&self, offset: u64, len: u64, unmap: bool) {
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let (top, chunk, _) = split(at / PAGE);
+            let next = match self.tops[top].get() {
+                None if unmap => (at / TOP + 1) * TOP,
+                Some(t) if unmap && t[chunk].get().is_none() => (at / CHUNK + 1) * CHUNK,
+                _ => {
+                    let next = ((at / CHUNK + 1) * CHUNK).min(end);
+                    self.zero_at(at, next - at, unmap);
+                    if next < end
+                        && let (Some(me), Some(ctx)) = (Coroutine::current(), AioContext::current())
+                    {
+                        me.schedule(&ctx);
+                        co_yield();
+                    }
+                    next
+                }
+            };
+            at = next;
+        }
+    }
+
     /// Whether the page holds data, and up to which offset that is so by the tables alone (a missing table answers
     /// for all pages below it).
     fn probe(&self, offset: u64) -> (bool, u64) {
@@ -265,7 +291,7 @@ impl BlockNode for MemoryNode {
 
     fn co_pwrite_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> Result<()> {
         self.check_change("write_zeroes", offset, len)?;
-        self.zero_at(offset, len, flags.contains(WriteFlags::MAY_UNMAP));
+        self.co_zero(offset, len, flags.contains(WriteFlags::MAY_UNMAP));
         self.extend(offset + len);
         Ok(())
     }
@@ -277,7 +303,7 @@ impl BlockNode for MemoryNode {
         let to = if end == self.len() { end } else { end - end % PAGE };
         if from < to {
             // The last page of an odd size is whole as far as the disk is concerned.
-            self.zero_at(from, to.next_multiple_of(PAGE) - from, true);
+            self.co_zero(from, to.next_multiple_of(PAGE) - from, true);
         }
         Ok(())
     }

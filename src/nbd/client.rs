@@ -25,7 +25,7 @@ use super::tls::{TlsClientConfig, TlsClientFiles, TlsError};
 use super::wire::{
     BlockSizes, Chunk, ChunkHeader, ExportNameReply, Greeting, InfoRequest, MetaContextRequest,
     OptionReplyHeader, ProtocolError, RepInfo, RepMetaContext, RepServer, ReplyHeader, RequestHeader,
-    SimpleReply, StatusExtent, put_option,
+    SimpleReply, StatusExtent, StatusFilter, put_option,
 };
 use crate::aio::AioContext;
 use crate::co::{CoStream, Coroutine, co_run_blocking, co_yield};
@@ -47,8 +47,8 @@ const OPTION_REPLY_MAX: u32 = 32 << 10;
 const LIST_MAX: usize = 65_536;
 /// Most information replies to one option, and most metadata contexts (ours).
 const INFO_REPLIES_MAX: usize = 1024;
-/// Longest block status chunk that is read (the document allows 2^20 extents: 4 + 8 * 2^20 bytes).
-const STATUS_CHUNK_MAX: u32 = 4 + (8 << 20);
+/// Longest block status chunk that is read (the document allows 2^20 extents, of 16 bytes with extended headers).
+const STATUS_CHUNK_MAX: u32 = 8 + (16 << 20);
 /// Longest error chunk that is read: error, length, message, offset.
 const ERROR_CHUNK_MAX: u32 = 6 + NBD_MAX_STRING as u32 + 8;
 /// Most separate ranges that a read may be answered in before they join up (ours).
@@ -424,7 +424,7 @@ pub enum ClientError {
         /// Of the request.
         offset: u64,
         /// Of the request.
-        len: u32,
+        len: u64,
         /// What the server says.
         errno: Errno,
         /// The server's text, perhaps empty.
@@ -505,7 +505,7 @@ pub struct Negotiation {
     tls: Option<TlsPeer>,
     fixed: bool,
     no_zeroes: bool,
-    structured: bool,
+    style: HeaderStyle,
     contexts: Vec<(u32, String)>,
     context_export: Option<String>,
 }
@@ -527,7 +527,7 @@ impl Negotiation {
             tls: None,
             fixed: false,
             no_zeroes: false,
-            structured: false,
+            style: HeaderStyle::Simple,
             contexts: Vec::new(),
             context_export: None,
         };
@@ -591,10 +591,16 @@ impl Negotiation {
         self.fixed
     }
 
-    /// Whether structured replies are on.
+    /// Whether structured replies are on; extended headers include them.
     #[must_use]
     pub fn is_structured(&self) -> bool {
-        self.structured
+        self.style >= HeaderStyle::Structured
+    }
+
+    /// How requests and replies will look.
+    #[must_use]
+    pub fn header_style(&self) -> HeaderStyle {
+        self.style
     }
 
     /// The metadata contexts selected by [`Negotiation::co_set_meta_context`]: id and name.
@@ -663,16 +669,39 @@ impl Negotiation {
     /// # Errors
     /// As for every option: `Io`, `Protocol`, `Lie`.
     pub fn co_structured_reply(&mut self) -> Result<bool> {
+        self.co_style(NBD_OPT_STRUCTURED_REPLY, HeaderStyle::Structured)
+    }
+
+    /// Asks for extended headers, which include structured replies; false when the server has none. Yields.
+    ///
+    /// # Errors
+    /// As for every option: `Io`, `Protocol`, `Lie`.
+    pub fn co_extended_headers(&mut self) -> Result<bool> {
+        self.co_style(NBD_OPT_EXTENDED_HEADERS, HeaderStyle::Extended)
+    }
+
+    /// Asks for the best that the server has: extended headers, else structured replies, else neither. Yields.
+    ///
+    /// # Errors
+    /// As for every option: `Io`, `Protocol`, `Lie`.
+    pub fn co_best_style(&mut self) -> Result<HeaderStyle> {
+        if !self.co_extended_headers()? {
+            self.co_structured_reply()?;
+        }
+        Ok(self.style)
+    }
+
+    fn co_style(&mut self, option: u32, style: HeaderStyle) -> Result<bool> {
         if !self.fixed {
             return Ok(false);
         }
-        self.co_option(NBD_OPT_STRUCTURED_REPLY, &[])?;
-        match self.co_reply(NBD_OPT_STRUCTURED_REPLY) {
+        self.co_option(option, &[])?;
+        match self.co_reply(option) {
             Ok((NBD_REP_ACK, _)) => {
-                self.structured = true;
+                self.style = style;
                 Ok(true)
             }
-            Ok((other, _)) => Err(Self::unexpected(NBD_OPT_STRUCTURED_REPLY, other)),
+            Ok((other, _)) => Err(Self::unexpected(option, other)),
             Err(ClientError::Refused { .. }) => Ok(false),
             Err(e) => Err(e),
         }
@@ -814,6 +843,9 @@ impl Negotiation {
                 Err(e) => return Err(e),
             }
         }
+        if self.style == HeaderStyle::Extended {
+            return Err(ClientError::Lie("it has extended headers and no NBD_OPT_GO".to_owned()));
+        }
         let mut out = Vec::new();
         put_option(&mut out, NBD_OPT_EXPORT_NAME, name.as_bytes());
         self.co_write(&out)?;
@@ -891,7 +923,7 @@ struct Slot {
     generation: u32,
     cmd: u16,
     offset: u64,
-    len: u32,
+    len: u64,
     /// Read target or write payload; away while the sender or the receiver works on it.
     buf: Option<IoBuf>,
     /// The sender has the payload.
@@ -946,7 +978,8 @@ impl Slot {
 }
 
 struct Outgoing {
-    header: [u8; RequestHeader::LEN],
+    header: [u8; RequestHeader::EXTENDED_LEN],
+    header_len: usize,
     /// Slot with a payload to send.
     payload: Option<usize>,
 }
@@ -972,13 +1005,29 @@ struct State {
 
 struct Shared {
     stream: Channel,
-    structured: bool,
+    style: HeaderStyle,
     home: Arc<AioContext>,
     /// Never held across a yield; only the home thread locks it, so it never waits.
     state: Mutex<State>,
 }
 
 impl Shared {
+    /// Encodes a request's header as it was negotiated.
+    fn outgoing(&self, header: RequestHeader, payload: Option<usize>) -> Outgoing {
+        let mut bytes = [0; RequestHeader::EXTENDED_LEN];
+        let header_len = match self.style {
+            HeaderStyle::Extended => {
+                bytes = header.encode_extended();
+                RequestHeader::EXTENDED_LEN
+            }
+            _ => {
+                bytes[..RequestHeader::LEN].copy_from_slice(&header.encode());
+                RequestHeader::LEN
+            }
+        };
+        Outgoing { header: bytes, header_len, payload }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while it was held leaves counters at worst one off: the connection is being torn down.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -1036,13 +1085,14 @@ impl Interrupter {
 }
 
 impl Client {
-    /// Connects to the URI's export, with structured replies and `base:allocation` where the server has them. Yields.
+    /// Connects to the URI's export, with extended headers or else structured replies, and with `base:allocation`, where
+    /// the server has them. Yields.
     ///
     /// # Errors
     /// Whatever connecting and negotiating report.
     pub fn co_connect(uri: &Uri) -> Result<Client> {
         let mut negotiation = Negotiation::co_open_uri(uri)?;
-        if negotiation.co_structured_reply()? {
+        if negotiation.co_best_style()? >= HeaderStyle::Structured {
             match negotiation.co_set_meta_context(&uri.export, &["base:allocation"]) {
                 // A server without contexts is fine; one without the export says so again at GO.
                 Ok(_) | Err(ClientError::Refused { .. }) => {}
@@ -1058,7 +1108,7 @@ impl Client {
         negotiation.stream.set_write_deadline(None);
         let shared = Arc::new(Shared {
             stream: negotiation.stream,
-            structured: negotiation.structured,
+            style: negotiation.style,
             home,
             state: Mutex::new(State { helpers: 2, ..State::default() }),
         });
@@ -1087,10 +1137,16 @@ impl Client {
         &self.address
     }
 
-    /// Whether replies are structured.
+    /// Whether replies are structured; extended headers include that.
     #[must_use]
     pub fn is_structured(&self) -> bool {
-        self.shared.structured
+        self.shared.style >= HeaderStyle::Structured
+    }
+
+    /// How requests and replies look.
+    #[must_use]
+    pub fn header_style(&self) -> HeaderStyle {
+        self.shared.style
     }
 
     /// The selected metadata contexts: id and name.
@@ -1116,7 +1172,7 @@ impl Client {
     /// # Errors
     /// `Request` with the server's errno; `Ended` when the connection is gone.
     pub fn co_read(&self, offset: u64, buf: IoBuf) -> Result<IoBuf> {
-        let len = u32_len(&buf);
+        let len = u32_len(&buf).into();
         let slot = self.co_request(NBD_CMD_READ, CmdFlags::empty(), offset, len, Some(buf))?;
         Ok(slot.buf.expect("a finished read has its buffer"))
     }
@@ -1126,8 +1182,8 @@ impl Client {
     /// # Errors
     /// As [`Client::co_read`].
     pub fn co_write(&self, offset: u64, buf: IoBuf, flags: CmdFlags) -> Result<IoBuf> {
-        let len = u32_len(&buf);
-        let slot = self.co_request(NBD_CMD_WRITE, flags, offset, len, Some(buf))?;
+        let len = u32_len(&buf).into();
+        let slot = self.co_request(NBD_CMD_WRITE, self.payload_flag(flags), offset, len, Some(buf))?;
         Ok(slot.buf.expect("a finished write has its buffer"))
     }
 
@@ -1143,7 +1199,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::co_read`].
-    pub fn co_trim(&self, offset: u64, len: u32, flags: CmdFlags) -> Result<()> {
+    pub fn co_trim(&self, offset: u64, len: u64, flags: CmdFlags) -> Result<()> {
         self.co_request(NBD_CMD_TRIM, flags, offset, len, None).map(drop)
     }
 
@@ -1151,7 +1207,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::co_read`].
-    pub fn co_write_zeroes(&self, offset: u64, len: u32, flags: CmdFlags) -> Result<()> {
+    pub fn co_write_zeroes(&self, offset: u64, len: u64, flags: CmdFlags) -> Result<()> {
         self.co_request(NBD_CMD_WRITE_ZEROES, flags, offset, len, None).map(drop)
     }
 
@@ -1159,7 +1215,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::co_read`].
-    pub fn co_cache(&self, offset: u64, len: u32) -> Result<()> {
+    pub fn co_cache(&self, offset: u64, len: u64) -> Result<()> {
         self.co_request(NBD_CMD_CACHE, CmdFlags::empty(), offset, len, None).map(drop)
     }
 
@@ -1170,7 +1226,7 @@ impl Client {
     pub fn co_block_status(
         &self,
         offset: u64,
-        len: u32,
+        len: u64,
         flags: CmdFlags,
     ) -> Result<Vec<(u32, Vec<StatusExtent>)>> {
         if self.contexts.is_empty() {
@@ -1182,6 +1238,36 @@ impl Client {
         Ok(slot.extents)
     }
 
+    /// As [`Client::co_block_status`], for some of the selected contexts only. Yields.
+    ///
+    /// # Errors
+    /// As [`Client::co_read`]; `Unsupported` when the server has no `NBD_FLAG_BLOCK_STATUS_PAYLOAD`.
+    pub fn co_block_status_of(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: CmdFlags,
+        ids: &[u32],
+    ) -> Result<Vec<(u32, Vec<StatusExtent>)>> {
+        if !self.info.flags.contains(TransmissionFlags::NBD_FLAG_BLOCK_STATUS_PAYLOAD) {
+            return Err(ClientError::Unsupported("the server cannot ask some contexts and not others"));
+        }
+        let payload = StatusFilter { effect_len: len, ids: ids.to_vec() }.encode();
+        let flags = flags | CmdFlags::NBD_CMD_FLAG_PAYLOAD_LEN;
+        let payload_len = payload.len() as u64;
+        let buf = Some(IoBuf::from(&payload[..]));
+        let slot = self.co_request(NBD_CMD_BLOCK_STATUS, flags, offset, payload_len, buf)?;
+        Ok(slot.extents)
+    }
+
+    /// Marks a payload where headers are extended.
+    fn payload_flag(&self, flags: CmdFlags) -> CmdFlags {
+        match self.shared.style {
+            HeaderStyle::Extended => flags | CmdFlags::NBD_CMD_FLAG_PAYLOAD_LEN,
+            _ => flags,
+        }
+    }
+
     /// Sends any request as it is, also one that breaks the rules; for tests of servers. Yields.
     ///
     /// # Errors
@@ -1191,7 +1277,8 @@ impl Client {
             NBD_CMD_READ | NBD_CMD_WRITE => Some(IoBuf::zeroed(len as usize)),
             _ => None,
         };
-        self.co_request(cmd, flags, offset, len, buf).map(drop)
+        let flags = if cmd == NBD_CMD_WRITE { self.payload_flag(flags) } else { flags };
+        self.co_request(cmd, flags, offset, len.into(), buf).map(drop)
     }
 
     /// Queues a request and yields until it is answered.
@@ -1200,9 +1287,14 @@ impl Client {
         cmd: u16,
         flags: CmdFlags,
         offset: u64,
-        len: u32,
+        len: u64,
         buf: Option<IoBuf>,
     ) -> Result<Slot> {
+        if self.shared.style != HeaderStyle::Extended && len > u64::from(u32::MAX) {
+            return Err(ClientError::Unsupported(
+                "requests about 4 GiB and more need extended headers, which the server does not have",
+            ));
+        }
         let me = Coroutine::current().expect("requests are made in coroutines");
         debug_assert!(self.shared.home.is_home(), "a request off the client's home context");
         let (index, sender) = {
@@ -1215,6 +1307,7 @@ impl Client {
             }
             state.next_generation = state.next_generation.wrapping_add(1);
             let generation = state.next_generation;
+            let has_buf = buf.is_some();
             let slot = Slot {
                 generation,
                 cmd,
@@ -1240,9 +1333,10 @@ impl Client {
             };
             state.in_flight += 1;
             let cookie = (u64::from(generation) << 32) | index as u64;
-            let header = RequestHeader { flags, cmd, cookie, offset, len }.encode();
-            let payload = (cmd == NBD_CMD_WRITE).then_some(index);
-            state.outgoing.push_back(Outgoing { header, payload });
+            let has_payload =
+                cmd == NBD_CMD_WRITE || flags.contains(CmdFlags::NBD_CMD_FLAG_PAYLOAD_LEN) && has_buf;
+            let header = RequestHeader { flags, cmd, cookie, offset, len };
+            state.outgoing.push_back(self.shared.outgoing(header, has_payload.then_some(index)));
             (index, state.idle_sender.take())
         };
         if let Some(sender) = sender {
@@ -1288,7 +1382,7 @@ impl Client {
                     offset: 0,
                     len: 0,
                 };
-                state.outgoing.push_back(Outgoing { header: header.encode(), payload: None });
+                state.outgoing.push_back(self.shared.outgoing(header, None));
             }
             state.idle_sender.take()
         };
@@ -1366,7 +1460,7 @@ fn co_send_loop(shared: &Arc<Shared>) {
             let mut slices = Vec::with_capacity(batch.len() + payloads.len());
             let mut next_payload = payloads.iter();
             for item in &batch {
-                slices.push(IoSlice::new(&item.header));
+                slices.push(IoSlice::new(&item.header[..item.header_len]));
                 if item.payload.is_some()
                     && let Some((_, buf)) = next_payload.next()
                 {
@@ -1475,11 +1569,26 @@ fn co_receive_one(shared: &Shared, rx: &mut ReceiveBuffer<'_>) -> Result<()> {
     rx.co_exact(&mut header).map_err(&waiting)?;
     match ReplyHeader::decode(&header)? {
         ReplyHeader::Simple(reply) => co_simple_reply(shared, rx, reply),
-        ReplyHeader::Chunk(mut chunk) => {
+        ReplyHeader::Chunk(chunk) if shared.style == HeaderStyle::Structured => {
             let mut tail = [0; ReplyHeader::TAIL_LEN];
             rx.co_exact(&mut tail).map_err(&waiting)?;
-            chunk.len = u32::from_be_bytes(tail);
+            co_chunk(shared, rx, chunk.with_tail(tail))
+        }
+        ReplyHeader::Extended(chunk) if shared.style == HeaderStyle::Extended => {
+            let mut tail = [0; ReplyHeader::EXTENDED_TAIL_LEN];
+            rx.co_exact(&mut tail).map_err(&waiting)?;
+            let chunk = chunk.with_extended_tail(tail);
+            let asked = find(&mut shared.lock(), chunk.cookie)?.1.offset;
+            if chunk.offset != asked {
+                return Err(ClientError::Lie(format!(
+                    "a chunk repeats the offset {} of a request at {asked}",
+                    chunk.offset
+                )));
+            }
             co_chunk(shared, rx, chunk)
+        }
+        ReplyHeader::Chunk(_) | ReplyHeader::Extended(_) => {
+            Err(ClientError::Lie("a structured reply of a kind that was not negotiated".to_owned()))
         }
     }
 }
@@ -1514,7 +1623,10 @@ fn co_simple_reply(shared: &Shared, rx: &mut ReceiveBuffer<'_>, reply: SimpleRep
         let mut state = shared.lock();
         let (_, slot) = find(&mut state, cookie)?;
         match (slot.cmd, reply.error) {
-            (NBD_CMD_READ | NBD_CMD_BLOCK_STATUS, _) if shared.structured => {
+            _ if shared.style == HeaderStyle::Extended => {
+                return Err(ClientError::Lie("a simple reply, though headers are extended".to_owned()));
+            }
+            (NBD_CMD_READ | NBD_CMD_BLOCK_STATUS, _) if shared.style == HeaderStyle::Structured => {
                 return Err(ClientError::Lie(format!("a simple reply to {}", cmd_name(slot.cmd))));
             }
             (NBD_CMD_READ, None) => slot.buf.take(),
@@ -1537,19 +1649,17 @@ fn co_simple_reply(shared: &Shared, rx: &mut ReceiveBuffer<'_>, reply: SimpleRep
 }
 
 fn co_chunk(shared: &Shared, rx: &mut ReceiveBuffer<'_>, chunk: ChunkHeader) -> Result<()> {
-    if !shared.structured {
-        return Err(ClientError::Lie("a structured reply, though none were negotiated".to_owned()));
-    }
     let cookie = chunk.cookie;
     match chunk.chunk_type {
         NBD_REPLY_TYPE_OFFSET_DATA => co_data_chunk(shared, rx, chunk)?,
         chunk_type => {
             let limit = match chunk_type {
-                NBD_REPLY_TYPE_BLOCK_STATUS => STATUS_CHUNK_MAX,
+                NBD_REPLY_TYPE_BLOCK_STATUS if shared.style == HeaderStyle::Structured => STATUS_CHUNK_MAX,
+                NBD_REPLY_TYPE_BLOCK_STATUS_EXT if shared.style == HeaderStyle::Extended => STATUS_CHUNK_MAX,
                 t if t & NBD_REPLY_TYPE_FLAG_ERROR != 0 => ERROR_CHUNK_MAX,
                 _ => 12,
             };
-            if chunk.len > limit {
+            if chunk.len > u64::from(limit) {
                 return Err(ClientError::Lie(format!(
                     "a chunk of type {chunk_type} with {} bytes",
                     chunk.len
@@ -1570,7 +1680,7 @@ fn co_chunk(shared: &Shared, rx: &mut ReceiveBuffer<'_>, chunk: ChunkHeader) -> 
         let (_, slot) = find(&mut state, cookie)?;
         match slot.error.take() {
             Some((errno, message)) => Answer::Error(errno, message),
-            None if slot.cmd == NBD_CMD_READ && slot.len > 0 && slot.covered != [(0, slot.len)] => {
+            None if slot.cmd == NBD_CMD_READ && slot.len > 0 && slot.covered != [(0, slot.len as u32)] => {
                 return Err(ClientError::Lie(format!(
                     "a read at offset {} of {} bytes was answered with less",
                     slot.offset, slot.len
@@ -1597,7 +1707,7 @@ fn claim_range(slot: &mut Slot, offset: u64, len: u32) -> Result<(usize, usize)>
         return Err(lie("data that nobody asked for"));
     }
     let start = offset.checked_sub(slot.offset).ok_or_else(|| lie("data from before the request"))?;
-    let end = start.checked_add(u64::from(len)).filter(|end| *end <= u64::from(slot.len));
+    let end = start.checked_add(u64::from(len)).filter(|end| *end <= slot.len);
     let end = end.ok_or_else(|| lie("data from behind the request"))?;
     if !slot.cover(start as u32, end as u32) {
         return Err(ClientError::Lie(format!(
@@ -1617,7 +1727,9 @@ fn co_data_chunk(shared: &Shared, rx: &mut ReceiveBuffer<'_>, chunk: ChunkHeader
     let (mut buf, range) = {
         let mut state = shared.lock();
         let (_, slot) = find(&mut state, chunk.cookie)?;
-        let range = claim_range(slot, offset, chunk.len - 8)?;
+        let len = u32::try_from(chunk.len - 8)
+            .map_err(|_| ClientError::Lie(format!("a data chunk of {} bytes", chunk.len)))?;
+        let range = claim_range(slot, offset, len)?;
         (slot.buf.take().expect("the receiver gives it back after each chunk"), range)
     };
     let outcome = rx.co_exact(&mut buf[range.0..range.1]).map_err(lost("reading data"));

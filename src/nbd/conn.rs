@@ -15,12 +15,10 @@ use super::meta::{self, MetaContext};
 use super::proto::*;
 use super::reply::{Batch, FLUSH_AT, Next, Runs};
 use super::server::{Shared, ThreadCounters};
-use super::wire::{
-    ChunkHeader, RequestHeader, SimpleReply, StatusExtent, encode_none, put_block_status, put_error_chunk,
-};
+use super::wire::{ChunkHeader, ReplyTo, RequestHeader, SimpleReply, StatusExtent};
 use crate::aio::{AioContext, BottomHalf};
-use crate::block::{self, BlockBackend, StatusFlags};
-use crate::co::{self, Coroutine};
+use crate::block::{self, BlockBackend, StatusFlags, WriteFlags};
+use crate::co::{self, Coroutine, co_yield};
 use crate::util::buf::IoBuf;
 use crate::util::fast;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -33,6 +31,8 @@ use tracing::{debug, warn};
 const STATUS_FROM: u32 = 64 << 10;
 /// Extents that a read asks about before it just reads the rest (ours).
 const STATUS_MAX: usize = 64;
+/// Bytes of one step of a long zeroing, trim or prefetch (ours).
+const STEP: u64 = 1 << 30;
 /// Bytes per `sendmsg` at most (ours).
 const SEND_STEP: usize = 1 << 20;
 /// What a client must move within the stall timeout, if it moves a whole batch or payload no sooner (ours): a byte now
@@ -131,7 +131,7 @@ pub(super) struct Conn {
     pub(super) peer: String,
     pub(super) export: Arc<Export>,
     pub(super) flags: TransmissionFlags,
-    pub(super) structured: bool,
+    pub(super) style: HeaderStyle,
     pub(super) contexts: Vec<MetaContext>,
     /// Reads of at least this many bytes may be sent from the page cache; `usize::MAX`: none.
     pub(super) lend_from: usize,
@@ -166,7 +166,7 @@ impl Conn {
             peer,
             export: negotiated.export,
             flags: negotiated.flags,
-            structured: negotiated.structured,
+            style: negotiated.style,
             contexts: negotiated.contexts,
             // Over TCP, sendfile was measured to be slower than a copy.
             lend_from: if stream.lends() { fast::paths().lend_from } else { usize::MAX },
@@ -326,38 +326,52 @@ impl Conn {
         }
     }
 
+    /// Whether headers are extended.
+    pub(super) fn extended(&self) -> bool {
+        self.style == HeaderStyle::Extended
+    }
+
+    /// How the chunks of the reply to a request are headed.
+    pub(super) fn reply_to(&self, h: &RequestHeader) -> ReplyTo {
+        ReplyTo { cookie: h.cookie, extended: self.extended().then_some(h.offset) }
+    }
+
     /// Appends a reply without content.
-    pub(super) fn put_done(&self, batch: &mut Batch, cookie: u64) {
-        batch.put(&SimpleReply { error: None, cookie }.encode());
+    pub(super) fn put_done(&self, batch: &mut Batch, to: ReplyTo) {
+        match to.extended {
+            None => batch.put(&SimpleReply { error: None, cookie: to.cookie }.encode()),
+            Some(_) => batch.put(&to.none()),
+        }
     }
 
     /// Appends an error reply and counts it.
-    pub(super) fn put_error(&self, batch: &mut Batch, cookie: u64, error: Errno, message: &str) {
+    pub(super) fn put_error(&self, batch: &mut Batch, to: ReplyTo, error: Errno, message: &str) {
         self.counters.errors.add(1);
         self.errors.store(self.errors.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        if self.structured {
-            let mut chunk = Vec::with_capacity(ChunkHeader::LEN + 6 + message.len());
-            put_error_chunk(&mut chunk, ReplyFlags::NBD_REPLY_FLAG_DONE, cookie, error, message, None);
+        if self.style >= HeaderStyle::Structured {
+            let mut chunk = Vec::with_capacity(ChunkHeader::EXTENDED_LEN + 6 + message.len());
+            to.put_error(&mut chunk, ReplyFlags::NBD_REPLY_FLAG_DONE, error, message, None);
             batch.put(&chunk);
         } else {
-            batch.put(&SimpleReply { error: Some(error), cookie }.encode());
+            batch.put(&SimpleReply { error: Some(error), cookie: to.cookie }.encode());
         }
     }
 
     /// Appends the reply to a request that the backend refused.
-    fn put_block_error(&self, batch: &mut Batch, cookie: u64, cmd: u16, e: &block::Error, fast_zero: bool) {
+    fn put_block_error(&self, batch: &mut Batch, h: &RequestHeader, e: &block::Error) {
         let os = e.errno();
         let unsupported = os == libc::ENOTSUP || os == libc::EOPNOTSUPP;
+        let fast_zero = h.flags.contains(CmdFlags::NBD_CMD_FLAG_FAST_ZERO);
         let error = if fast_zero && unsupported { Errno::NBD_ENOTSUP } else { Errno::from_os(os) };
         if error == Errno::NBD_ENOTSUP {
-            debug!(conn = self.id, cookie, "zeroing would not be fast");
+            debug!(conn = self.id, h.cookie, "zeroing would not be fast");
         } else {
             self.shared.warn_limited(|suppressed| {
                 warn!(
                     peer = self.peer,
                     conn = self.id,
                     export = self.export.name(),
-                    cmd = cmd_name(cmd),
+                    cmd = cmd_name(h.cmd),
                     errno = %error,
                     error = e as &dyn std::error::Error,
                     suppressed,
@@ -366,17 +380,14 @@ impl Conn {
             });
         }
         let source = io::Error::from_raw_os_error(os);
-        self.put_error(batch, cookie, error, &source.to_string());
+        self.put_error(batch, self.reply_to(h), error, &source.to_string());
     }
 
     /// Appends the reply to a request without content.
     pub(super) fn put_result(&self, batch: &mut Batch, h: &RequestHeader, result: &block::Result<()>) {
         match result {
-            Ok(()) => self.put_done(batch, h.cookie),
-            Err(e) => {
-                let fast = h.flags.contains(CmdFlags::NBD_CMD_FLAG_FAST_ZERO);
-                self.put_block_error(batch, h.cookie, h.cmd, e, fast);
-            }
+            Ok(()) => self.put_done(batch, self.reply_to(h)),
+            Err(e) => self.put_block_error(batch, h, e),
         }
     }
 
@@ -393,7 +404,12 @@ impl Conn {
         if !co::has_room() {
             self.shared.warn_no_room(&self.peer);
             let mut batch = Batch::new();
-            self.put_error(&mut batch, h.cookie, Errno::NBD_ENOMEM, "too many requests are being worked on");
+            self.put_error(
+                &mut batch,
+                self.reply_to(&h),
+                Errno::NBD_ENOMEM,
+                "too many requests are being worked on",
+            );
             return lock(&self.outbox).queue.append(&mut batch);
         }
         lock(&self.outbox).in_flight += 1;
@@ -424,22 +440,22 @@ impl Conn {
     /// Reads into `buf`, asking for holes first if that may pay, and makes the reply. Yields.
     pub(super) fn co_read(&self, h: &RequestHeader, df: bool, mut buf: IoBuf) -> Batch {
         let mut batch = Batch::new();
-        let (offset, len, cookie) = (h.offset, h.len, h.cookie);
-        if self.structured && !df && len >= STATUS_FROM {
-            match self.co_read_sparse(&mut batch, cookie, offset, len, &mut buf) {
+        let (offset, len, to) = (h.offset, buf.len() as u32, self.reply_to(h));
+        if self.style >= HeaderStyle::Structured && !df && len >= STATUS_FROM {
+            match self.co_read_sparse(&mut batch, to, offset, len, &mut buf) {
                 Ok(true) => return batch,
                 // One extent of data: read it as a whole.
                 Ok(false) => {}
                 Err(e) => {
                     let mut batch = Batch::new();
-                    self.put_block_error(&mut batch, cookie, h.cmd, &e, false);
+                    self.put_block_error(&mut batch, h, &e);
                     return batch;
                 }
             }
         }
         match self.backend().co_preadv(offset, &mut [IoSliceMut::new(&mut buf)]) {
-            Ok(()) => self.put_read(&mut batch, cookie, offset, df, buf),
-            Err(e) => self.put_block_error(&mut batch, cookie, h.cmd, &e, false),
+            Ok(()) => self.put_read(&mut batch, to, offset, df, buf),
+            Err(e) => self.put_block_error(&mut batch, h, &e),
         }
         batch
     }
@@ -448,7 +464,7 @@ impl Conn {
     fn co_read_sparse(
         &self,
         batch: &mut Batch,
-        cookie: u64,
+        to: ReplyTo,
         offset: u64,
         len: u32,
         buf: &mut IoBuf,
@@ -488,56 +504,104 @@ impl Conn {
             pos += run;
         }
         self.counters.bytes_read.add(len.into());
-        batch.put_runs(ReplyFlags::NBD_REPLY_FLAG_DONE, cookie, &runs);
+        batch.put_runs(ReplyFlags::NBD_REPLY_FLAG_DONE, to, &runs);
         Ok(true)
     }
 
     /// Appends the reply to a read that has its own buffer.
-    pub(super) fn put_read(&self, batch: &mut Batch, cookie: u64, offset: u64, df: bool, buf: IoBuf) {
+    pub(super) fn put_read(&self, batch: &mut Batch, to: ReplyTo, offset: u64, df: bool, buf: IoBuf) {
         self.counters.bytes_read.add(buf.len() as u64);
         let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
         if buf.is_empty() {
-            if self.structured {
-                batch.put(&encode_none(cookie));
+            if self.style >= HeaderStyle::Structured {
+                batch.put(&to.none());
             } else {
-                self.put_done(batch, cookie);
+                self.put_done(batch, to);
             }
-        } else if !self.structured {
-            self.put_done(batch, cookie);
+        } else if self.style == HeaderStyle::Simple {
+            self.put_done(batch, to);
             let len = buf.len();
             let id = batch.add_buf(buf);
             batch.data(id, 0..len);
         } else if df {
-            batch.put_dense(done, cookie, offset, buf);
+            batch.put_dense(done, to, offset, buf);
         } else {
-            batch.put_sparse(done, cookie, offset, buf);
+            batch.put_sparse(done, to, offset, buf);
         }
     }
 
-    /// Answers a block status request: a chunk per context. Yields.
-    pub(super) fn co_block_status(&self, h: &RequestHeader, req_one: bool) -> Batch {
+    /// Answers a block status request about `len` bytes: a chunk per selected context, or for those in `ids` only. Yields.
+    pub(super) fn co_block_status(
+        &self,
+        h: &RequestHeader,
+        len: u64,
+        req_one: bool,
+        ids: Option<&[u32]>,
+    ) -> Batch {
         let mut batch = Batch::new();
-        let mut out = Vec::new();
-        for (i, context) in self.contexts.iter().enumerate() {
+        let wanted = |id: &u32| ids.is_none_or(|ids| ids.contains(id));
+        let mut contexts = self.contexts.iter().filter(|c| wanted(&c.id)).peekable();
+        let mut chunks = Vec::new();
+        while let Some(context) = contexts.next() {
             let extents: Vec<StatusExtent> =
-                match meta::co_extents(&context.kind, &self.export, h.offset, h.len.into(), req_one) {
+                match meta::co_extents(&context.kind, &self.export, h.offset, len, req_one) {
                     Ok(extents) => extents,
                     Err(e) => {
-                        self.put_block_error(&mut batch, h.cookie, h.cmd, &e, false);
+                        self.put_block_error(&mut batch, h, &e);
                         return batch;
                     }
                 };
             let mut flags = ReplyFlags::empty();
-            flags.set(ReplyFlags::NBD_REPLY_FLAG_DONE, i + 1 == self.contexts.len());
-            put_block_status(&mut out, flags, h.cookie, context.id, &extents);
+            flags.set(ReplyFlags::NBD_REPLY_FLAG_DONE, contexts.peek().is_none());
+            self.reply_to(h).put_block_status(&mut chunks, flags, context.id, &extents);
         }
-        batch.put(&out);
+        batch.put(&chunks);
         batch
     }
 
-    pub(super) fn co_trim(&self, offset: u64, len: u32, fua: bool) -> block::Result<()> {
-        self.backend().co_pdiscard(offset, len.into())?;
+    /// Most bytes that the reply to a block status request takes.
+    pub(super) fn status_reply_max(&self, req_one: bool) -> u64 {
+        if req_one { 0 } else { self.contexts.len() as u64 * MAX_EXTENTS as u64 * 16 }
+    }
+
+    pub(super) fn co_trim(&self, offset: u64, len: u64, fua: bool) -> block::Result<()> {
+        self.co_in_steps(offset, len, |at, n| self.backend().co_pdiscard(at, n))?;
         if fua { self.backend().co_flush() } else { Ok(()) }
+    }
+
+    pub(super) fn co_write_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> block::Result<()> {
+        if offset % STEP + len <= STEP {
+            return self.backend().co_pwrite_zeroes(offset, len, flags);
+        }
+        // One flush at the end serves all steps.
+        let each = flags - WriteFlags::FUA;
+        self.co_in_steps(offset, len, |at, n| self.backend().co_pwrite_zeroes(at, n, each))?;
+        if flags.contains(WriteFlags::FUA) { self.backend().co_flush() } else { Ok(()) }
+    }
+
+    pub(super) fn co_cache(&self, offset: u64, len: u64) -> block::Result<()> {
+        self.co_in_steps(offset, len, |at, n| self.backend().co_cache(at, n))
+    }
+
+    /// Carries out a request of any length in steps that end at multiples of [`STEP`]. Others have their turn between
+    /// two steps, and a drain needs to wait for one only. Ends early when nobody is left to answer. Yields.
+    fn co_in_steps(
+        &self,
+        offset: u64,
+        len: u64,
+        f: impl Fn(u64, u64) -> block::Result<()>,
+    ) -> block::Result<()> {
+        let (mut at, end) = (offset, offset + len);
+        loop {
+            let n = (STEP - at % STEP).min(end - at);
+            f(at, n)?;
+            at += n;
+            if at == end || lock(&self.outbox).dead {
+                return Ok(());
+            }
+            Coroutine::current().expect("requests run in coroutines").schedule(&self.ctx);
+            co_yield();
+        }
     }
 }
 

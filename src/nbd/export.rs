@@ -8,7 +8,7 @@
 
 use super::access::AllowList;
 use super::meta::ContextKind;
-use super::proto::{MAX_PAYLOAD, NBD_MAX_STRING, TransmissionFlags};
+use super::proto::{HeaderStyle, MAX_PAYLOAD, NBD_MAX_STRING, TransmissionFlags};
 use super::wire::BlockSizes;
 use crate::block::{BlockBackend, BlockNode};
 use std::collections::HashMap;
@@ -222,11 +222,14 @@ impl Export {
         self.flags.contains(TransmissionFlags::NBD_FLAG_READ_ONLY)
     }
 
-    /// Transmission flags for a client that has negotiated structured replies, or has not.
+    /// Transmission flags for a client that has negotiated this style of headers, and has selected metadata contexts
+    /// of this export or has not.
     #[must_use]
-    pub fn flags(&self, structured: bool) -> TransmissionFlags {
+    pub fn flags(&self, style: HeaderStyle, has_contexts: bool) -> TransmissionFlags {
         let mut flags = self.flags;
-        flags.set(TransmissionFlags::NBD_FLAG_SEND_DF, structured);
+        flags.set(TransmissionFlags::NBD_FLAG_SEND_DF, style >= HeaderStyle::Structured);
+        let filter = style == HeaderStyle::Extended && has_contexts;
+        flags.set(TransmissionFlags::NBD_FLAG_BLOCK_STATUS_PAYLOAD, filter);
         flags
     }
 

@@ -30,8 +30,8 @@ pub struct Negotiated {
     pub export: Arc<Export>,
     /// Transmission flags as told to the client.
     pub flags: TransmissionFlags,
-    /// Reads are answered by structured replies.
-    pub structured: bool,
+    /// How requests and replies look.
+    pub style: HeaderStyle,
     /// Metadata contexts that hold for this export.
     pub contexts: Vec<MetaContext>,
 }
@@ -122,7 +122,7 @@ pub struct Handshake {
     tls: TlsMode,
     client: ClientIdentity,
     refusal: Option<Refusal>,
-    pub(super) structured: bool,
+    pub(super) style: HeaderStyle,
     pub(super) meta: MetaSelection,
 }
 
@@ -152,7 +152,7 @@ impl Handshake {
             tls,
             client,
             refusal: None,
-            structured: false,
+            style: HeaderStyle::Simple,
             meta: MetaSelection::default(),
         }
     }
@@ -335,6 +335,10 @@ impl Handshake {
             Ok(export) => export,
             Err((_, why)) => return Step::Close(CloseReason::ExportName(why)),
         };
+        if self.style == HeaderStyle::Extended {
+            // That option cannot say that it is out of place.
+            return Step::Close(CloseReason::ExportName("not after NBD_OPT_EXTENDED_HEADERS"));
+        }
         let negotiated = self.enter(export);
         let reply = super::wire::ExportNameReply { size: negotiated.export.size(), flags: negotiated.flags };
         reply.put(out, self.flags.contains(ClientFlags::NBD_FLAG_C_NO_ZEROES));
@@ -387,12 +391,17 @@ impl Handshake {
         }
     }
 
+    /// The transmission flags that the client is told for `export`, as things stand.
+    pub(super) fn flags_of(&self, export: &Arc<Export>) -> TransmissionFlags {
+        export.flags(self.style, self.meta.selects_for(export))
+    }
+
     /// Makes the result of a handshake that ends in `export`.
     pub(super) fn enter(&mut self, export: &Arc<Export>) -> Negotiated {
         Negotiated {
             export: export.clone(),
-            flags: export.flags(self.structured),
-            structured: self.structured,
+            flags: self.flags_of(export),
+            style: self.style,
             contexts: std::mem::take(&mut self.meta).into_contexts_for(export),
         }
     }
@@ -512,7 +521,7 @@ mod tests {
     fn end_of(step: &Option<Step>) -> String {
         match step {
             None => String::from("open"),
-            Some(Step::Enter(n)) => format!("enter {} {} {:?}", n.export.name(), n.structured, n.contexts),
+            Some(Step::Enter(n)) => format!("enter {} {:?} {:?}", n.export.name(), n.style, n.contexts),
             Some(Step::Close(reason)) => format!("close {reason}"),
             Some(other) => panic!("{other:?} is no end"),
         }

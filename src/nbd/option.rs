@@ -37,11 +37,21 @@ pub(super) fn answer(
             return Step::Close(CloseReason::Abort);
         }
         NBD_OPT_LIST => reply(NBD_REP_ERR_INVALID, b"this option takes no data"),
-        NBD_OPT_STRUCTURED_REPLY if !data.is_empty() => {
+        NBD_OPT_STRUCTURED_REPLY | NBD_OPT_EXTENDED_HEADERS if !data.is_empty() => {
             reply(NBD_REP_ERR_INVALID, b"this option takes no data");
         }
+        NBD_OPT_STRUCTURED_REPLY if hs.style == HeaderStyle::Extended => {
+            reply(NBD_REP_ERR_EXT_HEADER_REQD, b"extended headers were negotiated already");
+        }
         NBD_OPT_STRUCTURED_REPLY => {
-            hs.structured = true;
+            hs.style = HeaderStyle::Structured;
+            reply(NBD_REP_ACK, b"");
+        }
+        NBD_OPT_EXTENDED_HEADERS if hs.style == HeaderStyle::Extended => {
+            reply(NBD_REP_ERR_INVALID, b"extended headers were negotiated already");
+        }
+        NBD_OPT_EXTENDED_HEADERS => {
+            hs.style = HeaderStyle::Extended;
             reply(NBD_REP_ACK, b"");
         }
         NBD_OPT_INFO | NBD_OPT_GO => return info(hs, option, data, table, out),
@@ -74,13 +84,14 @@ fn info(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTable, out: 
             return Step::Again;
         }
     };
+    let flags = hs.flags_of(export);
     let mut data = Vec::new();
     let mut put = |info: RepInfo<'_>| {
         data.clear();
         info.put(&mut data);
         put_option_reply(out, option, NBD_REP_INFO, &data);
     };
-    put(RepInfo::Export { size: export.size(), flags: export.flags(hs.structured) });
+    put(RepInfo::Export { size: export.size(), flags });
     if request.wants(NBD_INFO_NAME) {
         put(RepInfo::Name(export.name()));
     }
@@ -103,7 +114,7 @@ fn meta_context(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTabl
         // A new selection replaces the old one, also when it fails.
         hs.meta = MetaSelection::default();
     }
-    if !hs.structured {
+    if hs.style == HeaderStyle::Simple {
         put_option_reply(out, option, NBD_REP_ERR_INVALID, b"structured replies must be negotiated first");
         return;
     }

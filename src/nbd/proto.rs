@@ -16,10 +16,26 @@ pub const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
 pub const NBD_REP_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Magic of a request.
 pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Magic of a request with extended headers.
+pub const NBD_EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// Magic of a simple reply.
 pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Magic of a structured reply chunk.
 pub const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Magic of a reply chunk with extended headers.
+pub const NBD_EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
+
+/// How requests and replies look in transmission; each includes what the one before it can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum HeaderStyle {
+    /// Compact requests, simple replies only.
+    #[default]
+    Simple,
+    /// Compact requests; replies with content come in chunks (`NBD_OPT_STRUCTURED_REPLY`).
+    Structured,
+    /// 32-byte headers both ways, every reply in chunks (`NBD_OPT_EXTENDED_HEADERS`).
+    Extended,
+}
 
 bitflags! {
     /// Handshake flags, sent by the server in its greeting.
@@ -71,7 +87,7 @@ bitflags! {
         const NBD_FLAG_SEND_CACHE = 1 << 10;
         /// Takes `NBD_CMD_FLAG_FAST_ZERO`.
         const NBD_FLAG_SEND_FAST_ZERO = 1 << 11;
-        /// Takes `NBD_CMD_FLAG_PAYLOAD_LEN` with block status (extended headers; never set by this server).
+        /// Takes `NBD_CMD_FLAG_PAYLOAD_LEN` with block status (extended headers, and a context is selected).
         const NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12;
     }
 }
@@ -90,7 +106,7 @@ bitflags! {
         const NBD_CMD_FLAG_REQ_ONE = 1 << 3;
         /// `NBD_CMD_WRITE_ZEROES`: quickly, or `NBD_ENOTSUP`.
         const NBD_CMD_FLAG_FAST_ZERO = 1 << 4;
-        /// The request has a payload (extended headers; an unknown flag to this server).
+        /// The length is that of a payload (extended headers only).
         const NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5;
     }
 }

@@ -6,11 +6,9 @@
 use super::budget::Reservation;
 use super::conn::{Conn, lock};
 use super::proto::*;
-use super::reply::{Batch, Content, FLUSH_AT, INPLACE_HEADER, content};
+use super::reply::{Batch, Content, FLUSH_AT, content};
 use super::request::{self, Command, RequestError, View};
-use super::wire::{
-    OFFSET_HOLE_LEN, ProtocolError, RequestHeader, SimpleReply, encode_offset_data, encode_offset_hole,
-};
+use super::wire::{Encoded, ProtocolError, ReplyTo, RequestHeader, SimpleReply};
 use crate::block::{self, WriteFlags};
 use crate::co::{Coroutine, co_yield};
 use crate::util::buf::IoBuf;
@@ -54,8 +52,8 @@ pub(super) enum End {
     Truncated,
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
-    #[error("write of {0} bytes is more than 64 MiB")]
-    TooLong(u32),
+    #[error("payload of {0} bytes is more than 64 MiB")]
+    TooLong(u64),
     #[error("cut by the server, or the client stalled")]
     Cut,
     #[error("client did not finish a request while the server was stopping")]
@@ -115,6 +113,8 @@ impl Received {
 
 pub(super) struct Reader {
     conn: Arc<Conn>,
+    /// Headers are extended.
+    extended: bool,
     rx: Received,
     /// Replies made by the reader itself.
     pub(super) batch: Batch,
@@ -148,7 +148,16 @@ impl Reader {
             rx.end = rest.len();
             rx.buf = Some(buf);
         }
-        Reader { conn, rx, batch: Batch::new(), totals: Totals::default(), turn_bytes: 0, turn_requests: 0 }
+        let extended = conn.extended();
+        Reader {
+            conn,
+            extended,
+            rx,
+            batch: Batch::new(),
+            totals: Totals::default(),
+            turn_bytes: 0,
+            turn_requests: 0,
+        }
     }
 
     /// Serves requests until the session ends.
@@ -166,9 +175,9 @@ impl Reader {
 
     fn co_serve(&mut self) -> End {
         loop {
-            let step = match request::next_header(self.rx.bytes()) {
+            let step = match request::next_header(self.rx.bytes(), self.extended) {
                 Ok(Some(header)) => {
-                    self.rx.consume(RequestHeader::LEN);
+                    self.rx.consume(request::header_len(self.extended));
                     self.turn_requests += 1;
                     self.co_pace();
                     self.co_request(header)
@@ -349,11 +358,15 @@ impl Reader {
         let conn = self.conn.clone();
         self.totals.requests += 1;
         conn.counters.requests[usize::from(h.cmd).min(conn.counters.requests.len() - 1)].add(1);
-        let Some(payload) = request::payload_len(&h) else {
+        let Some(payload) = request::payload_len(&h, self.extended) else {
             return Err(End::TooLong(h.len));
         };
-        let view =
-            View { size: conn.export.size(), flags: conn.flags, has_contexts: !conn.contexts.is_empty() };
+        let view = View {
+            size: conn.export.size(),
+            flags: conn.flags,
+            has_contexts: !conn.contexts.is_empty(),
+            extended: self.extended,
+        };
         let verdict = request::validate(&h, &view);
         let verdict = match verdict {
             Ok(Command::Disc) => return Err(End::Disc),
@@ -365,9 +378,7 @@ impl Reader {
         match verdict {
             Err(e) => {
                 self.co_discard(payload)?;
-                debug!(conn = conn.id, cookie = h.cookie, cmd = cmd_name(h.cmd), h.offset, h.len, errno = %e.errno, reason = %e, "request refused");
-                conn.put_error(&mut self.batch, h.cookie, e.errno, e.message);
-                self.co_answered(payload.into());
+                self.co_refuse(&h, e, payload);
             }
             Ok(Command::Disc) => unreachable!("handled above"),
             Ok(Command::Read { offset, len, df }) => self.co_read_request(h, offset, len, df)?,
@@ -379,14 +390,62 @@ impl Reader {
                 self.co_spawn(h, move |conn| conn.co_trim(offset, len, fua))?;
             }
             Ok(Command::Cache { offset, len }) => {
-                self.co_spawn(h, move |conn| conn.backend().co_cache(offset, len.into()))?;
+                self.co_spawn(h, move |conn| conn.co_cache(offset, len))?;
             }
             Ok(Command::WriteZeroes { offset, len, flags }) => {
-                self.co_spawn(h, move |conn| conn.backend().co_pwrite_zeroes(offset, len.into(), flags))?;
+                self.co_spawn(h, move |conn| conn.co_write_zeroes(offset, len, flags))?;
             }
-            Ok(Command::BlockStatus { req_one, .. }) => {
-                let reservation = self.co_reserve(0)?;
-                conn.spawn(h, reservation, move |conn| conn.co_block_status(&h, req_one));
+            Ok(Command::BlockStatus { len, req_one, .. }) => {
+                let reservation = self.co_reserve(conn.status_reply_max(req_one))?;
+                conn.spawn(h, reservation, move |conn| conn.co_block_status(&h, len, req_one, None));
+            }
+            Ok(Command::FilteredBlockStatus { offset, payload, req_one }) => {
+                self.co_filtered_status(h, offset, payload, req_one, view.size)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a request with an error. May yield, to send.
+    fn co_refuse(&mut self, h: &RequestHeader, e: RequestError, payload: u32) {
+        let conn = self.conn.clone();
+        debug!(conn = conn.id, cookie = h.cookie, cmd = cmd_name(h.cmd), h.offset, h.len, errno = %e.errno, reason = %e, "request refused");
+        conn.put_error(&mut self.batch, conn.reply_to(h), e.errno, e.message);
+        self.co_answered(payload.into());
+    }
+
+    /// Serves a block status request whose payload names contexts. Yields.
+    fn co_filtered_status(
+        &mut self,
+        h: RequestHeader,
+        offset: u64,
+        payload: u32,
+        req_one: bool,
+        size: u64,
+    ) -> Result<(), End> {
+        let conn = self.conn.clone();
+        let filter = if payload as usize > request::filter_max(conn.contexts.len()) {
+            self.co_discard(payload)?;
+            let message = "the payload names an unknown context, or one twice";
+            Err(RequestError { errno: Errno::NBD_EINVAL, message })
+        } else {
+            lock(&conn.outbox).in_flight += 1;
+            let received = self.co_payload(payload as usize);
+            lock(&conn.outbox).in_flight -= 1;
+            let Some(bytes) = received? else {
+                self.co_refuse_memory(&h);
+                return Ok(());
+            };
+            let knows = |id| conn.contexts.iter().any(|c| c.id == id);
+            request::filtered(offset, &bytes, size, knows)
+        };
+        match filter {
+            Err(e) => self.co_refuse(&h, e, payload),
+            Ok(filter) => {
+                let reservation = self.co_reserve(conn.status_reply_max(req_one))?;
+                conn.spawn(h, reservation, move |conn| {
+                    conn.co_block_status(&h, filter.effect_len, req_one, Some(&filter.ids))
+                });
             }
         }
         Ok(())
@@ -411,7 +470,8 @@ impl Reader {
     fn co_read_request(&mut self, h: RequestHeader, offset: u64, len: u32, df: bool) -> Result<(), End> {
         let conn = self.conn.clone();
         self.totals.bytes_read += u64::from(len);
-        if len as usize >= conn.lend_from && len > 0 && self.try_lend(h.cookie, offset, len, df) {
+        let to = conn.reply_to(&h);
+        if len as usize >= conn.lend_from && len > 0 && self.try_lend(to, offset, len, df) {
             conn.counters.bytes_read.add(len.into());
             self.co_answered(len.into());
             return Ok(());
@@ -419,7 +479,7 @@ impl Reader {
         if (RUN_PART_MIN..=INPLACE_READ).contains(&len) && self.try_read_run(&h, offset, len, df) {
             return Ok(());
         }
-        if len > 0 && len <= INPLACE_READ && self.try_read_in_place(h.cookie, offset, len, df) {
+        if len > 0 && len <= INPLACE_READ && self.try_read_in_place(to, offset, len, df) {
             conn.counters.bytes_read.add(len.into());
             self.co_answered(len.into());
             return Ok(());
@@ -430,7 +490,7 @@ impl Reader {
             return Ok(());
         };
         if len == 0 || (len > INPLACE_READ && conn.backend().try_pread(offset, &mut buf)) {
-            conn.put_read(&mut self.batch, h.cookie, offset, df, buf);
+            conn.put_read(&mut self.batch, to, offset, df, buf);
             self.batch.hold(reservation);
             self.co_answered(len.into());
             return Ok(());
@@ -454,21 +514,21 @@ impl Reader {
         let mut n = 1;
         let mut at = behind;
         let mut bytes = h.len as usize;
-        let mut next = h.offset + u64::from(h.len);
+        let mut next = h.offset + h.len;
         while n < RUN_MAX {
-            let Ok(Some(other)) = request::next_header(&received[at..]) else { break };
+            let Ok(Some(other)) = request::next_header(&received[at..], false) else { break };
             let same = (other.cmd, other.flags, other.offset) == (h.cmd, h.flags, next);
             at += RequestHeader::LEN;
             bytes += other.len as usize;
             if !same
-                || other.len < RUN_PART_MIN
+                || other.len < u64::from(RUN_PART_MIN)
                 || bytes > RUN_BYTES
-                || u64::from(other.len) > size - next
+                || other.len > size - next
                 || received.len() - at < payload(&other)
             {
                 break;
             }
-            next += u64::from(other.len);
+            next += other.len;
             parts[n] = (other.cookie, at..at + payload(&other));
             at += payload(&other);
             n += 1;
@@ -487,7 +547,7 @@ impl Reader {
 
     /// Answers a read together with those that continue it, by one system call, if there are any and all data is at hand.
     fn try_read_run(&mut self, h: &RequestHeader, offset: u64, len: u32, df: bool) -> bool {
-        if !fast::paths().coalesce || !self.continues(h, 0) {
+        if self.extended || !fast::paths().coalesce || !self.continues(h, 0) {
             return false;
         }
         const NONE: (u64, Range<usize>) = (0, 0..0);
@@ -500,12 +560,12 @@ impl Reader {
         lens[0] = len;
         for (i, len) in lens[..n].iter_mut().enumerate().skip(1) {
             let at = (i - 1) * RequestHeader::LEN;
-            let header = request::next_header(&self.rx.bytes()[at..]);
-            *len = header.ok().flatten().expect("it was decoded before").len;
+            let header = request::next_header(&self.rx.bytes()[at..], false);
+            *len = header.ok().flatten().expect("it was decoded before").len as u32;
         }
         let lens = &lens[..n];
-        let structured = self.conn.structured;
-        let header = if structured { INPLACE_HEADER } else { SimpleReply::LEN };
+        let structured = self.conn.style >= HeaderStyle::Structured;
+        let header = if structured { ReplyTo::compact(0).offset_data_len() } else { SimpleReply::LEN };
         let total: usize = lens.iter().map(|l| header + *l as usize).sum();
         let room = self.batch.room(total);
         let mut slices = [const { None }; RUN_MAX];
@@ -540,10 +600,11 @@ impl Reader {
             if !structured {
                 room[..header].copy_from_slice(&SimpleReply { error: None, cookie: *cookie }.encode());
             } else if sparse && content(&room[header..], at) == Content::Hole {
-                room[..OFFSET_HOLE_LEN].copy_from_slice(&encode_offset_hole(done, *cookie, at, *len));
-                send = OFFSET_HOLE_LEN;
+                let hole = ReplyTo::compact(*cookie).offset_hole(done, at, *len);
+                room[..hole.len()].copy_from_slice(&hole);
+                send = hole.len();
             } else {
-                room[..header].copy_from_slice(&encode_offset_data(done, *cookie, at, *len));
+                room[..header].copy_from_slice(&ReplyTo::compact(*cookie).offset_data(done, at, *len));
             }
             self.batch.commit_part(fill..fill + send);
             fill += size;
@@ -561,15 +622,15 @@ impl Reader {
 
     /// Whether the request whose header is at `behind` continues `h`: a quick look before a closer one.
     fn continues(&self, h: &RequestHeader, behind: usize) -> bool {
-        matches!(request::next_header(&self.rx.bytes()[behind..]), Ok(Some(other))
-            if (other.cmd, other.offset) == (h.cmd, h.offset + u64::from(h.len)))
+        matches!(request::next_header(&self.rx.bytes()[behind..], false), Ok(Some(other))
+            if (other.cmd, other.offset) == (h.cmd, h.offset + h.len))
     }
 
     /// Does a write, whose payload has been received, together with those that continue it, by one system call, if there are
     /// any. If that fails, each one is to be done alone, to get its own answer.
     fn try_write_run(&mut self, h: &RequestHeader, offset: u64) -> bool {
         let first = payload(h);
-        if !fast::paths().coalesce || !self.continues(h, first) {
+        if self.extended || !fast::paths().coalesce || !self.continues(h, first) {
             return false;
         }
         const NONE: (u64, Range<usize>) = (0, 0..0);
@@ -589,7 +650,7 @@ impl Reader {
         self.totals.bytes_written += bytes as u64;
         self.conn.counters.bytes_written.add(bytes as u64);
         for (cookie, _) in parts {
-            self.conn.put_done(&mut self.batch, *cookie);
+            self.conn.put_done(&mut self.batch, ReplyTo::compact(*cookie));
         }
         for (_, range) in parts {
             self.co_answered(range.len() as u64);
@@ -600,36 +661,38 @@ impl Reader {
     /// Puts a large read into the batch that is sent from the page cache, if it is all there. It takes no memory, so none is
     /// reserved. Holes are left to the other ways if they can be told apart; zeroes in data are sent as data: to look for
     /// them would cost more than they do.
-    fn try_lend(&mut self, cookie: u64, offset: u64, len: u32, df: bool) -> bool {
-        let no_holes = self.conn.structured && !df;
+    fn try_lend(&mut self, to: ReplyTo, offset: u64, len: u32, df: bool) -> bool {
+        let simple = self.conn.style == HeaderStyle::Simple;
+        let no_holes = !simple && !df;
         let Some(lent) = self.conn.backend().try_lend(offset, len as usize, no_holes) else { return false };
-        if self.conn.structured {
-            let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
-            self.batch.put(&encode_offset_data(done, cookie, offset, len));
+        if simple {
+            self.batch.put(&SimpleReply { error: None, cookie: to.cookie }.encode());
         } else {
-            self.batch.put(&SimpleReply { error: None, cookie }.encode());
+            let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
+            self.batch.put(&to.offset_data(done, offset, len));
         }
         self.batch.lent(lent);
         true
     }
 
     /// Builds the reply to a small read in the batch, if the data is at hand.
-    fn try_read_in_place(&mut self, cookie: u64, offset: u64, len: u32, df: bool) -> bool {
+    fn try_read_in_place(&mut self, to: ReplyTo, offset: u64, len: u32, df: bool) -> bool {
         let n = len as usize;
-        let header = if self.conn.structured { INPLACE_HEADER } else { SimpleReply::LEN };
-        let room = self.batch.room((header + n).max(OFFSET_HOLE_LEN));
+        let simple = self.conn.style == HeaderStyle::Simple;
+        let header = if simple { SimpleReply::LEN } else { to.offset_data_len() };
+        let room = self.batch.room((header + n).max(Encoded::MAX));
         if !self.conn.export.backend().try_pread(offset, &mut room[header..header + n]) {
             return false;
         }
         let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
-        if !self.conn.structured {
-            room[..header].copy_from_slice(&SimpleReply { error: None, cookie }.encode());
+        if simple {
+            room[..header].copy_from_slice(&SimpleReply { error: None, cookie: to.cookie }.encode());
             self.batch.commit(header + n);
         } else if df {
-            room[..header].copy_from_slice(&encode_offset_data(done, cookie, offset, len));
+            room[..header].copy_from_slice(&to.offset_data(done, offset, len));
             self.batch.commit(header + n);
         } else {
-            self.batch.commit_sparse(done, cookie, offset, n);
+            self.batch.commit_sparse(done, to, offset, n);
         }
         true
     }
@@ -699,8 +762,8 @@ impl Reader {
 
     /// Answers a write that was done by the reader.
     fn wrote(&mut self, h: &RequestHeader, result: &block::Result<()>) {
-        self.totals.bytes_written += u64::from(h.len);
-        self.conn.counters.bytes_written.add(h.len.into());
+        self.totals.bytes_written += h.len;
+        self.conn.counters.bytes_written.add(h.len);
         self.conn.put_result(&mut self.batch, h, result);
     }
 
@@ -718,22 +781,22 @@ impl Reader {
         });
         conn.put_error(
             &mut self.batch,
-            h.cookie,
+            conn.reply_to(h),
             Errno::NBD_ENOMEM,
             "no memory for a request of this length",
         );
         self.co_answered(0);
     }
 
-    /// Receives a payload that is not all there, the rest of it straight into its buffer. `None` when there is no memory
-    /// for that: then it was skipped. Yields.
+    /// Receives a payload; what is not there yet goes straight into its buffer. `None` when there is no memory for that:
+    /// then it was skipped. Yields.
     fn co_payload(&mut self, n: usize) -> Result<Option<IoBuf>, End> {
         let Some(mut buf) = IoBuf::try_new(n) else {
             self.co_discard(n as u32)?;
             return Ok(None);
         };
-        let mut have = self.rx.len();
-        buf[..have].copy_from_slice(self.rx.bytes());
+        let mut have = self.rx.len().min(n);
+        buf[..have].copy_from_slice(&self.rx.bytes()[..have]);
         self.rx.consume(have);
         let conn = self.conn.clone();
         let mut transfer = conn.receiving();

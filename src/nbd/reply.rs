@@ -12,7 +12,7 @@
 
 use super::budget::Reservation;
 use super::proto::ReplyFlags;
-use super::wire::{OFFSET_DATA_LEN, encode_offset_data, encode_offset_hole};
+use super::wire::ReplyTo;
 use crate::block::Lent;
 use crate::util::buf::IoBuf;
 use std::io::IoSlice;
@@ -121,16 +121,16 @@ impl Batch {
         self.arena = Some((buf, fill + n));
     }
 
-    /// Takes the room, which holds [`INPLACE_HEADER`] free bytes and then `len` bytes read from `offset`, as the content
+    /// Takes the room, which holds [`ReplyTo::offset_data_len`] free bytes and then `len` bytes read from `offset`, as the content
     /// chunks of a structured read: runs of zero grains as holes, the rest as data. `flags` go on the last chunk.
-    pub fn commit_sparse(&mut self, flags: ReplyFlags, cookie: u64, offset: u64, len: usize) {
+    pub fn commit_sparse(&mut self, flags: ReplyFlags, to: ReplyTo, offset: u64, len: usize) {
         assert!(len > 0, "an empty read has no content");
         let (buf, fill) = self.arena.expect("room() precedes commit_sparse()");
-        let data = fill + INPLACE_HEADER;
+        let data = fill + to.offset_data_len();
         let mut runs = ZeroRuns::new(&self.bufs[buf][data..data + len], offset);
         let first = runs.next().expect("there is data");
         if first == (0..len, true) {
-            self.put(&encode_offset_hole(flags, cookie, offset, len as u32));
+            self.put(&to.offset_hole(flags, offset, len as u32));
             return;
         }
         let rest: Vec<(Range<usize>, bool)> = runs.collect();
@@ -142,10 +142,10 @@ impl Batch {
             let (at, n) = (offset + range.start as u64, range.len() as u32);
             let in_place = header.take();
             if zero {
-                self.put(&encode_offset_hole(flags, cookie, at, n));
+                self.put(&to.offset_hole(flags, at, n));
                 continue;
             }
-            let encoded = encode_offset_data(flags, cookie, at, n);
+            let encoded = to.offset_data(flags, at, n);
             match in_place {
                 Some(fill) => {
                     self.bufs[buf][fill..data].copy_from_slice(&encoded);
@@ -255,10 +255,10 @@ impl Batch {
 
     /// Appends a structured read's content chunks for `buf`, read from `offset`: runs of zero grains as holes, the rest as
     /// data. `flags` go on the last chunk.
-    pub fn put_sparse(&mut self, flags: ReplyFlags, cookie: u64, offset: u64, buf: IoBuf) {
+    pub fn put_sparse(&mut self, flags: ReplyFlags, to: ReplyTo, offset: u64, buf: IoBuf) {
         let mut runs = Runs::default();
         self.add_runs(&mut runs, offset, buf);
-        self.put_runs(flags, cookie, &runs);
+        self.put_runs(flags, to, &runs);
     }
 
     /// Takes a buffer that was read from `offset`, and notes its runs; nothing is appended yet.
@@ -276,13 +276,13 @@ impl Batch {
     }
 
     /// Appends a chunk per run; `flags` go on the last.
-    pub fn put_runs(&mut self, flags: ReplyFlags, cookie: u64, runs: &Runs) {
+    pub fn put_runs(&mut self, flags: ReplyFlags, to: ReplyTo, runs: &Runs) {
         for (i, run) in runs.list.iter().enumerate() {
             let flags = if i + 1 == runs.list.len() { flags } else { ReplyFlags::empty() };
             match &run.data {
-                None => self.put(&encode_offset_hole(flags, cookie, run.offset, run.len)),
+                None => self.put(&to.offset_hole(flags, run.offset, run.len)),
                 Some((id, range)) => {
-                    self.put(&encode_offset_data(flags, cookie, run.offset, run.len));
+                    self.put(&to.offset_data(flags, run.offset, run.len));
                     self.data(*id, range.clone());
                 }
             }
@@ -290,9 +290,9 @@ impl Batch {
     }
 
     /// Appends a structured read's one data chunk.
-    pub fn put_dense(&mut self, flags: ReplyFlags, cookie: u64, offset: u64, buf: IoBuf) {
+    pub fn put_dense(&mut self, flags: ReplyFlags, to: ReplyTo, offset: u64, buf: IoBuf) {
         let len = buf.len();
-        self.put(&encode_offset_data(flags, cookie, offset, len as u32));
+        self.put(&to.offset_data(flags, offset, len as u32));
         let id = self.add_buf(buf);
         self.data(id, 0..len);
     }
@@ -327,9 +327,6 @@ impl Runs {
 /// A buffer of a [`Batch`].
 #[derive(Debug, Clone, Copy)]
 pub struct BufId(usize);
-
-/// Bytes before the data of a structured read that is built in place.
-pub const INPLACE_HEADER: usize = OFFSET_DATA_LEN;
 
 /// Tells whether all bytes are zero. Stops at the first 64 bytes that are not: on data that costs next to nothing.
 #[must_use]
@@ -493,14 +490,15 @@ mod tests {
     #[test]
     fn a_read_in_place_is_sent_as_its_holes_and_data() {
         const DONE: ReplyFlags = ReplyFlags::NBD_REPLY_FLAG_DONE;
-        let check = |grains: &[u8]| {
+        let check = |to: ReplyTo, grains: &[u8]| {
+            let header = to.offset_data_len();
             let len = grains.len() * ZERO_GRAIN;
             let mut b = Batch::new();
-            let room = b.room(INPLACE_HEADER + len);
+            let room = b.room(header + len);
             for (i, g) in grains.iter().enumerate() {
-                room[INPLACE_HEADER + i * ZERO_GRAIN..][..ZERO_GRAIN].fill(*g);
+                room[header + i * ZERO_GRAIN..][..ZERO_GRAIN].fill(*g);
             }
-            b.commit_sparse(DONE, 7, 8192, len);
+            b.commit_sparse(DONE, to, 8192, len);
             b.put(b"next");
             // The same by way of a buffer of its own.
             let mut c = Batch::new();
@@ -508,18 +506,16 @@ mod tests {
             for (i, g) in grains.iter().enumerate() {
                 io[i * ZERO_GRAIN..][..ZERO_GRAIN].fill(*g);
             }
-            c.put_sparse(DONE, 7, 8192, io);
+            c.put_sparse(DONE, to, 8192, io);
             c.put(b"next");
             assert_eq!(sent(&b, 1 << 20), sent(&c, 1 << 20), "{grains:?}");
         };
-        check(&[0]);
-        check(&[1]);
-        check(&[0, 0]);
-        check(&[1, 1]);
-        check(&[0, 1]);
-        check(&[1, 0]);
-        check(&[1, 0, 0, 1, 0]);
-        check(&[0, 1, 0, 1, 1]);
+        let all: [&[u8]; 8] =
+            [&[0], &[1], &[0, 0], &[1, 1], &[0, 1], &[1, 0], &[1, 0, 0, 1, 0], &[0, 1, 0, 1, 1]];
+        for grains in all {
+            check(ReplyTo::compact(7), grains);
+            check(ReplyTo::extended(7, 8192), grains);
+        }
     }
 
     #[test]

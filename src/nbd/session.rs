@@ -135,7 +135,7 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
         conn = id,
         export = conn.export.name(),
         ctx = slot.ctx.name(),
-        structured = conn.structured,
+        headers = ?conn.style,
         contexts = conn.contexts.len(),
         tls = tls.as_ref().map_or("no", |tls| tls.version.as_str()),
         "client entered transmission"

@@ -510,19 +510,38 @@ pub struct RequestHeader {
     pub cookie: u64,
     /// Byte offset in the export.
     pub offset: u64,
-    /// Length in bytes.
-    pub len: u32,
+    /// Length in bytes: of the payload, or of the range that the request is about. 32 bits in a compact header.
+    pub len: u64,
 }
 
 impl RequestHeader {
-    /// Bytes on the wire.
+    /// Bytes of a compact header on the wire.
     pub const LEN: usize = 28;
+    /// Bytes of an extended header on the wire.
+    pub const EXTENDED_LEN: usize = 32;
 
-    /// Encodes the header.
+    /// Encodes a compact header.
+    ///
+    /// # Panics
+    /// When the length needs more than 32 bits.
     #[must_use]
     pub fn encode(self) -> [u8; Self::LEN] {
+        let len = u32::try_from(self.len).expect("a compact header has 32 bits for the length");
         let mut b = [0; Self::LEN];
         b[..4].copy_from_slice(&NBD_REQUEST_MAGIC.to_be_bytes());
+        b[4..6].copy_from_slice(&self.flags.bits().to_be_bytes());
+        b[6..8].copy_from_slice(&self.cmd.to_be_bytes());
+        b[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        b[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        b[24..].copy_from_slice(&len.to_be_bytes());
+        b
+    }
+
+    /// Encodes an extended header.
+    #[must_use]
+    pub fn encode_extended(self) -> [u8; Self::EXTENDED_LEN] {
+        let mut b = [0; Self::EXTENDED_LEN];
+        b[..4].copy_from_slice(&NBD_EXTENDED_REQUEST_MAGIC.to_be_bytes());
         b[4..6].copy_from_slice(&self.flags.bits().to_be_bytes());
         b[6..8].copy_from_slice(&self.cmd.to_be_bytes());
         b[8..16].copy_from_slice(&self.cookie.to_be_bytes());
@@ -531,7 +550,7 @@ impl RequestHeader {
         b
     }
 
-    /// Decodes the header. `len` may exceed the export: `request.rs` checks that.
+    /// Decodes a compact header. `len` may exceed the export: `request.rs` checks that.
     ///
     /// Source: proto.md, "Request message".
     ///
@@ -546,7 +565,26 @@ impl RequestHeader {
             cmd: be16(b, 6),
             cookie: be64(b, 8),
             offset: be64(b, 16),
-            len: be32(b, 24),
+            len: be32(b, 24).into(),
+        })
+    }
+
+    /// Decodes an extended header. `len` may exceed anything: `request.rs` checks that.
+    ///
+    /// Source: proto.md of the branch extension-ext-header, "Extended request message".
+    ///
+    /// # Errors
+    /// `BadRequestMagic`.
+    pub fn decode_extended(b: &[u8; Self::EXTENDED_LEN]) -> Result<RequestHeader, ProtocolError> {
+        if be32(b, 0) != NBD_EXTENDED_REQUEST_MAGIC {
+            return Err(ProtocolError::BadRequestMagic(be32(b, 0)));
+        }
+        Ok(RequestHeader {
+            flags: CmdFlags::from_bits_retain(be16(b, 4)),
+            cmd: be16(b, 6),
+            cookie: be64(b, 8),
+            offset: be64(b, 16),
+            len: be64(b, 24),
         })
     }
 }
@@ -575,139 +613,272 @@ impl SimpleReply {
     }
 }
 
-/// The header of a structured reply chunk; `len` bytes of payload follow it.
+/// The header of a reply chunk, compact (structured) or extended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkHeader {
-    /// `NBD_REPLY_FLAG_DONE` on the last chunk of a reply.
+    /// DONE or not.
     pub flags: ReplyFlags,
     /// `NBD_REPLY_TYPE_*`.
     pub chunk_type: u16,
     /// The request's.
     pub cookie: u64,
-    /// Bytes of payload.
-    pub len: u32,
+    /// The request's offset; extended headers only, else 0.
+    pub offset: u64,
+    /// Bytes of payload that follow.
+    pub len: u64,
 }
 
 impl ChunkHeader {
-    /// Bytes on the wire.
+    /// Bytes of a compact header on the wire.
     pub const LEN: usize = 20;
+    /// Bytes of an extended header on the wire.
+    pub const EXTENDED_LEN: usize = 32;
 
-    /// Encodes the header.
+    /// Encodes a compact header.
+    ///
+    /// # Panics
+    /// When the payload is longer than 32 bits can say.
     #[must_use]
     pub fn encode(self) -> [u8; Self::LEN] {
+        let len = u32::try_from(self.len).expect("a compact chunk has 32 bits for its length");
         let mut b = [0; Self::LEN];
         b[..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
         b[4..6].copy_from_slice(&self.flags.bits().to_be_bytes());
         b[6..8].copy_from_slice(&self.chunk_type.to_be_bytes());
         b[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        b[16..].copy_from_slice(&self.len.to_be_bytes());
+        b[16..].copy_from_slice(&len.to_be_bytes());
         b
+    }
+
+    /// Encodes an extended header.
+    #[must_use]
+    pub fn encode_extended(self) -> [u8; Self::EXTENDED_LEN] {
+        let mut b = [0; Self::EXTENDED_LEN];
+        b[..4].copy_from_slice(&NBD_EXTENDED_REPLY_MAGIC.to_be_bytes());
+        b[4..6].copy_from_slice(&self.flags.bits().to_be_bytes());
+        b[6..8].copy_from_slice(&self.chunk_type.to_be_bytes());
+        b[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        b[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        b[24..].copy_from_slice(&self.len.to_be_bytes());
+        b
+    }
+
+    /// Takes in the rest of a compact header, which [`ReplyHeader::decode`] leaves out.
+    #[must_use]
+    pub fn with_tail(self, b: [u8; ReplyHeader::TAIL_LEN]) -> ChunkHeader {
+        ChunkHeader { len: be32(&b, 0).into(), ..self }
+    }
+
+    /// Takes in the rest of an extended header, which [`ReplyHeader::decode`] leaves out.
+    #[must_use]
+    pub fn with_extended_tail(self, b: [u8; ReplyHeader::EXTENDED_TAIL_LEN]) -> ChunkHeader {
+        ChunkHeader { offset: be64(&b, 0), len: be64(&b, 8), ..self }
     }
 }
 
-/// What a client reads at the start of a reply: 16 bytes tell which of the two it is.
+/// What a client reads at the start of a reply: 16 bytes tell which kind it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReplyHeader {
     /// A simple reply, complete.
     Simple(SimpleReply),
-    /// A chunk header without its last four bytes, the payload length: read them next
-    /// ([`ReplyHeader::TAIL_LEN`]) and set `len`.
+    /// The front of a compact chunk header; [`ChunkHeader::with_tail`] takes the rest.
     Chunk(ChunkHeader),
+    /// The front of an extended chunk header; [`ChunkHeader::with_extended_tail`] takes the rest.
+    Extended(ChunkHeader),
 }
 
 impl ReplyHeader {
-    /// Bytes that both kinds of header have.
+    /// Bytes that all kinds of header have.
     pub const LEN: usize = 16;
-    /// Further bytes of a chunk header: the payload length.
+    /// Further bytes of a compact chunk header: the payload length.
     pub const TAIL_LEN: usize = 4;
+    /// Further bytes of an extended chunk header: offset and payload length.
+    pub const EXTENDED_TAIL_LEN: usize = 16;
 
-    /// Decodes the common part; a chunk's `len` is 0 until the caller has read it.
+    /// Decodes the common part; a chunk's `len` is 0 until the caller has read its tail.
     ///
     /// # Errors
     /// `BadReplyMagic`.
     pub fn decode(b: &[u8; Self::LEN]) -> Result<ReplyHeader, ProtocolError> {
+        let chunk = || ChunkHeader {
+            flags: ReplyFlags::from_bits_retain(be16(b, 4)),
+            chunk_type: be16(b, 6),
+            cookie: be64(b, 8),
+            offset: 0,
+            len: 0,
+        };
         match be32(b, 0) {
             NBD_SIMPLE_REPLY_MAGIC => Ok(ReplyHeader::Simple(SimpleReply {
                 error: Errno::from_wire(be32(b, 4)),
                 cookie: be64(b, 8),
             })),
-            NBD_STRUCTURED_REPLY_MAGIC => Ok(ReplyHeader::Chunk(ChunkHeader {
-                flags: ReplyFlags::from_bits_retain(be16(b, 4)),
-                chunk_type: be16(b, 6),
-                cookie: be64(b, 8),
-                len: 0,
-            })),
+            NBD_STRUCTURED_REPLY_MAGIC => Ok(ReplyHeader::Chunk(chunk())),
+            NBD_EXTENDED_REPLY_MAGIC => Ok(ReplyHeader::Extended(chunk())),
             magic => Err(ProtocolError::BadReplyMagic(magic)),
         }
     }
 }
 
-/// Bytes of a data chunk before its data: chunk header and offset.
-pub const OFFSET_DATA_LEN: usize = ChunkHeader::LEN + 8;
-/// Bytes of a whole hole chunk.
-pub const OFFSET_HOLE_LEN: usize = ChunkHeader::LEN + 12;
-
-/// Encodes what precedes the data of an `NBD_REPLY_TYPE_OFFSET_DATA` chunk.
-///
-/// # Panics
-/// When `len` is zero or does not fit the chunk's 32-bit length: the document forbids both.
-#[must_use]
-pub fn encode_offset_data(flags: ReplyFlags, cookie: u64, offset: u64, len: u32) -> [u8; OFFSET_DATA_LEN] {
-    assert!(len > 0, "an empty content chunk");
-    let chunk_len = len.checked_add(8).expect("a content chunk holds at most 2^32 - 9 bytes");
-    let mut b = [0; OFFSET_DATA_LEN];
-    let header = ChunkHeader { flags, chunk_type: NBD_REPLY_TYPE_OFFSET_DATA, cookie, len: chunk_len };
-    b[..ChunkHeader::LEN].copy_from_slice(&header.encode());
-    b[ChunkHeader::LEN..].copy_from_slice(&offset.to_be_bytes());
-    b
+/// Some encoded bytes, at most as many as the longest fixed part of a chunk.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoded {
+    bytes: [u8; Self::MAX],
+    len: usize,
 }
 
-/// Encodes an `NBD_REPLY_TYPE_OFFSET_HOLE` chunk.
-///
-/// # Panics
-/// When `len` is zero.
-#[must_use]
-pub fn encode_offset_hole(flags: ReplyFlags, cookie: u64, offset: u64, len: u32) -> [u8; OFFSET_HOLE_LEN] {
-    assert!(len > 0, "an empty content chunk");
-    let mut b = [0; OFFSET_HOLE_LEN];
-    let header = ChunkHeader { flags, chunk_type: NBD_REPLY_TYPE_OFFSET_HOLE, cookie, len: 12 };
-    b[..ChunkHeader::LEN].copy_from_slice(&header.encode());
-    b[ChunkHeader::LEN..ChunkHeader::LEN + 8].copy_from_slice(&offset.to_be_bytes());
-    b[ChunkHeader::LEN + 8..].copy_from_slice(&len.to_be_bytes());
-    b
-}
+impl Encoded {
+    /// Most bytes: an extended hole chunk.
+    pub const MAX: usize = ChunkHeader::EXTENDED_LEN + 12;
 
-/// Encodes an `NBD_REPLY_TYPE_NONE` chunk: success, nothing to say.
-#[must_use]
-pub fn encode_none(cookie: u64) -> [u8; ChunkHeader::LEN] {
-    let flags = ReplyFlags::NBD_REPLY_FLAG_DONE;
-    ChunkHeader { flags, chunk_type: NBD_REPLY_TYPE_NONE, cookie, len: 0 }.encode()
-}
-
-/// Appends an error chunk: `NBD_REPLY_TYPE_ERROR`, or `NBD_REPLY_TYPE_ERROR_OFFSET` if there is an offset.
-/// The message is cut (at a character) to [`NBD_MAX_STRING`] bytes.
-pub fn put_error_chunk(
-    out: &mut impl BufMut,
-    flags: ReplyFlags,
-    cookie: u64,
-    error: Errno,
-    message: &str,
-    offset: Option<u64>,
-) {
-    let message = &message[..message.floor_char_boundary(NBD_MAX_STRING)];
-    let message_len = message.len() as u16;
-    let mut len = 6 + u32::from(message_len);
-    let mut chunk_type = NBD_REPLY_TYPE_ERROR;
-    if offset.is_some() {
-        len += 8;
-        chunk_type = NBD_REPLY_TYPE_ERROR_OFFSET;
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
     }
-    out.put_slice(&ChunkHeader { flags, chunk_type, cookie, len }.encode());
-    out.put_u32(error.to_wire());
-    out.put_u16(message_len);
-    out.put_slice(message.as_bytes());
-    if let Some(offset) = offset {
-        out.put_u64(offset);
+}
+
+impl std::ops::Deref for Encoded {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// The request that chunks belong to, and how they are headed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReplyTo {
+    /// The request's.
+    pub cookie: u64,
+    /// With extended headers the request's offset, which every chunk repeats; `None` with compact ones.
+    pub extended: Option<u64>,
+}
+
+impl ReplyTo {
+    /// A request with a compact header.
+    #[must_use]
+    pub fn compact(cookie: u64) -> ReplyTo {
+        ReplyTo { cookie, extended: None }
+    }
+
+    /// A request with an extended header.
+    #[must_use]
+    pub fn extended(cookie: u64, offset: u64) -> ReplyTo {
+        ReplyTo { cookie, extended: Some(offset) }
+    }
+
+    /// Encodes a chunk's header; `len` bytes of payload follow.
+    #[must_use]
+    pub fn header(self, flags: ReplyFlags, chunk_type: u16, len: u32) -> Encoded {
+        let header = ChunkHeader {
+            flags,
+            chunk_type,
+            cookie: self.cookie,
+            offset: self.extended.unwrap_or(0),
+            len: len.into(),
+        };
+        let mut out = Encoded { bytes: [0; Encoded::MAX], len: 0 };
+        match self.extended {
+            None => out.push(&header.encode()),
+            Some(_) => out.push(&header.encode_extended()),
+        }
+        out
+    }
+
+    /// Bytes of a data chunk before its data: chunk header and offset.
+    #[must_use]
+    pub fn offset_data_len(self) -> usize {
+        8 + if self.extended.is_some() { ChunkHeader::EXTENDED_LEN } else { ChunkHeader::LEN }
+    }
+
+    /// Encodes what precedes the data of an `NBD_REPLY_TYPE_OFFSET_DATA` chunk.
+    ///
+    /// # Panics
+    /// When `len` is zero or does not fit a compact chunk's 32-bit length: the document forbids both.
+    #[must_use]
+    pub fn offset_data(self, flags: ReplyFlags, offset: u64, len: u32) -> Encoded {
+        assert!(len > 0, "an empty content chunk");
+        let chunk_len = len.checked_add(8).expect("a content chunk holds at most 2^32 - 9 bytes");
+        let mut out = self.header(flags, NBD_REPLY_TYPE_OFFSET_DATA, chunk_len);
+        out.push(&offset.to_be_bytes());
+        out
+    }
+
+    /// Encodes an `NBD_REPLY_TYPE_OFFSET_HOLE` chunk.
+    ///
+    /// # Panics
+    /// When `len` is zero.
+    #[must_use]
+    pub fn offset_hole(self, flags: ReplyFlags, offset: u64, len: u32) -> Encoded {
+        assert!(len > 0, "an empty content chunk");
+        let mut out = self.header(flags, NBD_REPLY_TYPE_OFFSET_HOLE, 12);
+        out.push(&offset.to_be_bytes());
+        out.push(&len.to_be_bytes());
+        out
+    }
+
+    /// Encodes an `NBD_REPLY_TYPE_NONE` chunk: success, nothing to say.
+    #[must_use]
+    pub fn none(self) -> Encoded {
+        self.header(ReplyFlags::NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_NONE, 0)
+    }
+
+    /// Appends an error chunk: `NBD_REPLY_TYPE_ERROR`, or `NBD_REPLY_TYPE_ERROR_OFFSET` if there is an offset.
+    /// The message is cut (at a character) to [`NBD_MAX_STRING`] bytes.
+    pub fn put_error(
+        self,
+        out: &mut impl BufMut,
+        flags: ReplyFlags,
+        error: Errno,
+        message: &str,
+        offset: Option<u64>,
+    ) {
+        let message = &message[..message.floor_char_boundary(NBD_MAX_STRING)];
+        let message_len = message.len() as u16;
+        let (chunk_type, tail) = match offset {
+            None => (NBD_REPLY_TYPE_ERROR, 0),
+            Some(_) => (NBD_REPLY_TYPE_ERROR_OFFSET, 8),
+        };
+        out.put_slice(&self.header(flags, chunk_type, 6 + u32::from(message_len) + tail));
+        out.put_u32(error.to_wire());
+        out.put_u16(message_len);
+        out.put_slice(message.as_bytes());
+        if let Some(offset) = offset {
+            out.put_u64(offset);
+        }
+    }
+
+    /// Appends a block status chunk: `NBD_REPLY_TYPE_BLOCK_STATUS`, or `NBD_REPLY_TYPE_BLOCK_STATUS_EXT` with
+    /// extended headers.
+    ///
+    /// # Panics
+    /// When there is no extent, an empty one, or one that does not fit 32 bits in a compact chunk.
+    pub fn put_block_status(
+        self,
+        out: &mut impl BufMut,
+        flags: ReplyFlags,
+        context_id: u32,
+        extents: &[StatusExtent],
+    ) {
+        assert!(!extents.is_empty(), "a block status chunk without an extent");
+        assert!(extents.len() <= MAX_EXTENTS, "a block status chunk with too many extents");
+        assert!(extents.iter().all(|e| e.len > 0), "an empty extent");
+        let count = extents.len() as u32;
+        if self.extended.is_some() {
+            out.put_slice(&self.header(flags, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, 8 + 16 * count));
+            out.put_u32(context_id);
+            out.put_u32(count);
+            for extent in extents {
+                out.put_u64(extent.len);
+                out.put_u64(extent.flags);
+            }
+            return;
+        }
+        out.put_slice(&self.header(flags, NBD_REPLY_TYPE_BLOCK_STATUS, 4 + 8 * count));
+        out.put_u32(context_id);
+        for extent in extents {
+            out.put_u32(u32::try_from(extent.len).expect("a compact request asks about 32 bits"));
+            out.put_u32(u32::try_from(extent.flags).expect("contexts of compact headers have 32 bits"));
+        }
     }
 }
 
@@ -720,26 +891,44 @@ pub struct StatusExtent {
     pub flags: u64,
 }
 
-/// Appends an `NBD_REPLY_TYPE_BLOCK_STATUS` chunk.
-///
-/// # Panics
-/// When there is no extent, an empty one, or one that does not fit 32 bits.
-pub fn put_block_status(
-    out: &mut impl BufMut,
-    flags: ReplyFlags,
-    cookie: u64,
-    context_id: u32,
-    extents: &[StatusExtent],
-) {
-    assert!(!extents.is_empty(), "a block status chunk without an extent");
-    assert!(extents.len() <= MAX_EXTENTS, "a block status chunk with too many extents");
-    let len = 4 + 8 * extents.len() as u32;
-    out.put_slice(&ChunkHeader { flags, chunk_type: NBD_REPLY_TYPE_BLOCK_STATUS, cookie, len }.encode());
-    out.put_u32(context_id);
-    for extent in extents {
-        assert!(extent.len > 0, "an empty extent");
-        out.put_u32(u32::try_from(extent.len).expect("a compact request asks about 32 bits"));
-        out.put_u32(u32::try_from(extent.flags).expect("contexts of compact headers have 32 bits"));
+/// The payload of an `NBD_CMD_BLOCK_STATUS` with `NBD_CMD_FLAG_PAYLOAD_LEN`: how far to look, and for which contexts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatusFilter {
+    /// Bytes that the request is about.
+    pub effect_len: u64,
+    /// The contexts to answer for.
+    pub ids: Vec<u32>,
+}
+
+impl StatusFilter {
+    /// Bytes on the wire for so many contexts.
+    #[must_use]
+    pub fn len_for(ids: usize) -> usize {
+        8 + 4 * ids
+    }
+
+    /// Decodes a payload.
+    ///
+    /// # Errors
+    /// `BadLength` when it has no effect length, or is no whole number of ids after it.
+    pub fn decode(payload: &[u8]) -> Result<StatusFilter, ProtocolError> {
+        let bad = ProtocolError::BadLength("NBD_CMD_BLOCK_STATUS");
+        let mut b = payload;
+        let effect_len = b.try_get_u64().map_err(|_| bad)?;
+        let (ids, rest) = b.as_chunks::<4>();
+        if !rest.is_empty() {
+            return Err(bad);
+        }
+        Ok(StatusFilter { effect_len, ids: ids.iter().map(|id| u32::from_be_bytes(*id)).collect() })
+    }
+
+    /// Encodes the payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(StatusFilter::len_for(self.ids.len()));
+        out.put_u64(self.effect_len);
+        self.ids.iter().for_each(|id| out.put_u32(*id));
+        out
     }
 }
 
@@ -763,7 +952,7 @@ pub enum Chunk<'a> {
         /// Bytes of zeroes, at least 1.
         len: u32,
     },
-    /// `NBD_REPLY_TYPE_BLOCK_STATUS`.
+    /// `NBD_REPLY_TYPE_BLOCK_STATUS` or `NBD_REPLY_TYPE_BLOCK_STATUS_EXT`.
     BlockStatus {
         /// Which context.
         context_id: u32,
@@ -808,6 +997,20 @@ impl<'a> Chunk<'a> {
                 }
                 Ok(Chunk::BlockStatus { context_id, extents })
             }
+            NBD_REPLY_TYPE_BLOCK_STATUS_EXT if b.len() >= 24 && b.len() % 16 == 8 => {
+                let context_id = b.get_u32();
+                let count = b.get_u32();
+                let extents: Vec<StatusExtent> = b
+                    .as_chunks::<16>()
+                    .0
+                    .iter()
+                    .map(|e| StatusExtent { len: be64(e, 0), flags: be64(e, 8) })
+                    .collect();
+                if extents.iter().any(|e| e.len == 0) || extents.len() != count as usize {
+                    return Err(bad);
+                }
+                Ok(Chunk::BlockStatus { context_id, extents })
+            }
             t if t & NBD_REPLY_TYPE_FLAG_ERROR != 0 => {
                 let error = b.try_get_u32().map_err(|_| bad)?;
                 let error = Errno::from_wire(error).ok_or(bad)?;
@@ -832,6 +1035,7 @@ mod tests {
     use proptest::prelude::*;
 
     const DONE: ReplyFlags = ReplyFlags::NBD_REPLY_FLAG_DONE;
+    const TO: ReplyTo = ReplyTo { cookie: 1, extended: None };
 
     #[test]
     fn greeting_is_the_documents_bytes() {
@@ -882,39 +1086,52 @@ mod tests {
     fn a_simple_reply_and_a_chunk_are_told_apart() {
         let simple = SimpleReply { error: Some(Errno::NBD_ENOSPC), cookie: 7 };
         assert_eq!(ReplyHeader::decode(&simple.encode()), Ok(ReplyHeader::Simple(simple)));
-        let none: [u8; 16] = encode_none(9)[..16].try_into().unwrap();
-        let want = ChunkHeader { flags: DONE, chunk_type: NBD_REPLY_TYPE_NONE, cookie: 9, len: 0 };
+        let none: [u8; 16] = ReplyTo::compact(9).none()[..16].try_into().unwrap();
+        let want = ChunkHeader { flags: DONE, chunk_type: NBD_REPLY_TYPE_NONE, cookie: 9, offset: 0, len: 0 };
         assert_eq!(ReplyHeader::decode(&none), Ok(ReplyHeader::Chunk(want)));
+        let hole = ReplyTo::extended(9, 77).offset_hole(DONE, 5, 6);
+        assert_eq!(hole.len(), 44);
+        let front: [u8; 16] = hole[..16].try_into().unwrap();
+        let Ok(ReplyHeader::Extended(front)) = ReplyHeader::decode(&front) else { panic!() };
+        let chunk = front.with_extended_tail(hole[16..32].try_into().unwrap());
+        assert_eq!((chunk.cookie, chunk.offset, chunk.len), (9, 77, 12));
         assert!(ReplyHeader::decode(&[0; 16]).is_err());
     }
 
     #[test]
     fn chunks_survive_a_round_trip() {
         let mut b = Vec::new();
-        put_error_chunk(&mut b, DONE, 1, Errno::NBD_EIO, "broken", Some(4096));
+        TO.put_error(&mut b, DONE, Errno::NBD_EIO, "broken", Some(4096));
         let want = Chunk::Error { error: Errno::NBD_EIO, message: "broken", offset: Some(4096) };
         assert_eq!(Chunk::decode(NBD_REPLY_TYPE_ERROR_OFFSET, &b[20..]), Ok(want));
         b.clear();
-        put_error_chunk(&mut b, DONE, 1, Errno::NBD_EIO, "", None);
+        TO.put_error(&mut b, DONE, Errno::NBD_EIO, "", None);
         assert_eq!(b.len(), 26);
-        let hole = encode_offset_hole(DONE, 1, 5, 6);
+        let hole = TO.offset_hole(DONE, 5, 6);
         assert_eq!(
             Chunk::decode(NBD_REPLY_TYPE_OFFSET_HOLE, &hole[20..]),
             Ok(Chunk::Hole { offset: 5, len: 6 })
         );
-        let data = encode_offset_data(DONE, 1, 5, 6);
+        let data = TO.offset_data(DONE, 5, 6);
         assert_eq!(be32(&data, 16), 14);
         b.clear();
         let extents = vec![StatusExtent { len: 512, flags: 3 }, StatusExtent { len: 1, flags: 0 }];
-        put_block_status(&mut b, DONE, 1, 42, &extents);
+        TO.put_block_status(&mut b, DONE, 42, &extents);
         let want = Chunk::BlockStatus { context_id: 42, extents };
         assert_eq!(Chunk::decode(NBD_REPLY_TYPE_BLOCK_STATUS, &b[20..]), Ok(want));
+        b.clear();
+        let extents = vec![StatusExtent { len: 1 << 40, flags: 1 << 33 }, StatusExtent { len: 1, flags: 0 }];
+        ReplyTo::extended(1, 0).put_block_status(&mut b, DONE, 42, &extents);
+        let want = Chunk::BlockStatus { context_id: 42, extents };
+        assert_eq!(Chunk::decode(NBD_REPLY_TYPE_BLOCK_STATUS_EXT, &b[32..]), Ok(want));
+        b[39] = 3;
+        assert!(Chunk::decode(NBD_REPLY_TYPE_BLOCK_STATUS_EXT, &b[32..]).is_err(), "153: the count must fit");
     }
 
     #[test]
     fn long_error_messages_are_cut_at_a_character() {
         let mut b = Vec::new();
-        put_error_chunk(&mut b, DONE, 1, Errno::NBD_EIO, &"ü".repeat(3000), None);
+        TO.put_error(&mut b, DONE, Errno::NBD_EIO, &"ü".repeat(3000), None);
         let Ok(Chunk::Error { message, .. }) = Chunk::decode(NBD_REPLY_TYPE_ERROR, &b[20..]) else {
             panic!()
         };
@@ -926,8 +1143,12 @@ mod tests {
         fn headers_survive_a_round_trip(
             flags: u16, cmd: u16, cookie: u64, offset: u64, len: u32, option: u32, reply_type: u32
         ) {
-            let r = RequestHeader { flags: CmdFlags::from_bits_retain(flags), cmd, cookie, offset, len };
+            let r = RequestHeader { flags: CmdFlags::from_bits_retain(flags), cmd, cookie, offset, len: len.into() };
             prop_assert_eq!(RequestHeader::decode(&r.encode()), Ok(r));
+            let r = RequestHeader { len: u64::from(len) << 20, ..r };
+            prop_assert_eq!(RequestHeader::decode_extended(&r.encode_extended()), Ok(r));
+            let filter = StatusFilter { effect_len: offset, ids: vec![option; usize::from(cmd % 9)] };
+            prop_assert_eq!(StatusFilter::decode(&filter.encode()), Ok(filter));
             let o = OptionHeader { option, len };
             prop_assert_eq!(OptionHeader::decode(&o.encode()), Ok(o));
             let p = OptionReplyHeader { option, reply_type, len };
@@ -963,7 +1184,8 @@ mod tests {
             let _ = RepInfo::decode(&data);
             let _ = RepMetaContext::decode(&data);
             let _ = Chunk::decode(chunk_type, &data);
-            for t in [0, 1, 2, 5, 0x8001, 0x8002, 0x8003] {
+            let _ = StatusFilter::decode(&data);
+            for t in [0, 1, 2, 5, 6, 0x8001, 0x8002, 0x8003] {
                 let _ = Chunk::decode(t, &data);
             }
         }

@@ -6,8 +6,7 @@ use conbd::nbd::client::{Address, Client, ClientError, Negotiation, Uri};
 use conbd::nbd::proto::*;
 use conbd::nbd::tls::TlsClientFiles;
 use conbd::nbd::wire::{
-    BlockSizes, ChunkHeader, RepInfo, RequestHeader, SimpleReply, StatusExtent, encode_none,
-    encode_offset_data, encode_offset_hole, put_block_status, put_error_chunk, put_option_reply,
+    BlockSizes, ChunkHeader, RepInfo, ReplyTo, RequestHeader, SimpleReply, StatusExtent, put_option_reply,
 };
 use conbd::util::buf::IoBuf;
 use std::io::{self, Read, Write};
@@ -258,7 +257,7 @@ const DONE: ReplyFlags = ReplyFlags::NBD_REPLY_FLAG_DONE;
 const MORE: ReplyFlags = ReplyFlags::empty();
 
 fn data(flags: ReplyFlags, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    let mut out = encode_offset_data(flags, cookie, offset, len).to_vec();
+    let mut out = ReplyTo::compact(cookie).offset_data(flags, offset, len).to_vec();
     out.resize(out.len() + len as usize, 7);
     out
 }
@@ -267,10 +266,10 @@ fn data(flags: ReplyFlags, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
 fn structured_reads_are_put_together_from_chunks_in_any_order() {
     let bytes = answered(true, NBD_CMD_READ, |r| {
         let mut out = data(MORE, r.cookie, 4096 + 3072, 1024);
-        out.extend(encode_offset_hole(MORE, r.cookie, 4096, 1024));
+        out.extend_from_slice(&ReplyTo::compact(r.cookie).offset_hole(MORE, 4096, 1024));
         out.extend(data(MORE, r.cookie, 4096 + 2048, 1024));
-        out.extend(encode_offset_hole(MORE, r.cookie, 4096 + 1024, 1024));
-        out.extend(encode_none(r.cookie));
+        out.extend_from_slice(&ReplyTo::compact(r.cookie).offset_hole(MORE, 4096 + 1024, 1024));
+        out.extend_from_slice(&ReplyTo::compact(r.cookie).none());
         out
     })
     .expect("a right answer");
@@ -286,14 +285,16 @@ fn structured_replies_that_lie_end_the_connection() {
     };
     check("a simple reply to READ", |r| SimpleReply { error: None, cookie: r.cookie }.encode().to_vec());
     check("no request of ours", |r| data(DONE, r.cookie ^ 1, 4096, 4096));
-    check("no request of ours", |r| encode_none(r.cookie ^ (1 << 40)).to_vec());
+    check("no request of ours", |r| ReplyTo::compact(r.cookie ^ (1 << 40)).none().to_vec());
     check("bad reply magic", |_| vec![0xff; 64]);
     check("from before the request", |r| data(DONE, r.cookie, 4095, 4096));
     check("from behind the request", |r| data(DONE, r.cookie, 4097, 4096));
     check("from behind the request", |r| data(DONE, r.cookie, u64::MAX, 4096));
-    check("from behind the request", |r| encode_offset_data(DONE, r.cookie, 4096, u32::MAX - 8).to_vec());
+    check("from behind the request", |r| {
+        ReplyTo::compact(r.cookie).offset_data(DONE, 4096, u32::MAX - 8).to_vec()
+    });
     check("answered with less", |r| data(DONE, r.cookie, 4096, 4095));
-    check("answered with less", |r| encode_none(r.cookie).to_vec());
+    check("answered with less", |r| ReplyTo::compact(r.cookie).none().to_vec());
     check("the same data twice", |r| {
         [data(MORE, r.cookie, 4096, 1024), data(DONE, r.cookie, 4608, 1024)].concat()
     });
@@ -308,31 +309,51 @@ fn structured_replies_that_lie_end_the_connection() {
         ];
         three.concat()
     });
-    check("from behind the request", |r| encode_offset_hole(DONE, r.cookie, 4096, 8192).to_vec());
+    check("from behind the request", |r| ReplyTo::compact(r.cookie).offset_hole(DONE, 4096, 8192).to_vec());
     check("an empty data chunk", |r| {
-        ChunkHeader { flags: DONE, chunk_type: NBD_REPLY_TYPE_OFFSET_DATA, cookie: r.cookie, len: 8 }
-            .encode()
-            .to_vec()
+        ChunkHeader {
+            flags: DONE,
+            chunk_type: NBD_REPLY_TYPE_OFFSET_DATA,
+            cookie: r.cookie,
+            offset: 0,
+            len: 8,
+        }
+        .encode()
+        .to_vec()
     });
     check("with 4294967295 bytes", |r| {
-        ChunkHeader { flags: DONE, chunk_type: NBD_REPLY_TYPE_ERROR, cookie: r.cookie, len: u32::MAX }
-            .encode()
-            .to_vec()
+        ChunkHeader {
+            flags: DONE,
+            chunk_type: NBD_REPLY_TYPE_ERROR,
+            cookie: r.cookie,
+            offset: 0,
+            len: u32::MAX.into(),
+        }
+        .encode()
+        .to_vec()
     });
     check("structured reply chunk", |r| {
-        [&ChunkHeader { flags: DONE, chunk_type: 99, cookie: r.cookie, len: 4 }.encode()[..], &[0; 4]]
-            .concat()
+        [
+            &ChunkHeader { flags: DONE, chunk_type: 99, cookie: r.cookie, offset: 0, len: 4 }.encode()[..],
+            &[0; 4],
+        ]
+        .concat()
     });
     check("block status in reply to READ", |r| {
         let mut out = Vec::new();
-        put_block_status(&mut out, DONE, r.cookie, 1, &[StatusExtent { len: 4096, flags: 0 }]);
+        ReplyTo::compact(r.cookie).put_block_status(
+            &mut out,
+            DONE,
+            1,
+            &[StatusExtent { len: 4096, flags: 0 }],
+        );
         out
     });
     check("connection", |r| data(DONE, r.cookie, 4096, 4096)[..2000].to_vec());
     // An honest error is an error of the request, with the server's words.
     check("ENOSPC (\"disk full\")", |r| {
         let mut out = Vec::new();
-        put_error_chunk(&mut out, DONE, r.cookie, Errno::NBD_ENOSPC, "disk full", Some(4096));
+        ReplyTo::compact(r.cookie).put_error(&mut out, DONE, Errno::NBD_ENOSPC, "disk full", Some(4096));
         out
     });
 }

@@ -5,7 +5,7 @@ use conbd::aio::{AioConfig, AioContext};
 use conbd::co::Coroutine;
 use conbd::nbd::proto::*;
 use conbd::nbd::wire::{
-    BlockSizes, Greeting, InfoRequest, OptionHeader, RepInfo, RequestHeader, SimpleReply, encode_offset_data,
+    BlockSizes, Greeting, InfoRequest, OptionHeader, RepInfo, ReplyTo, RequestHeader, SimpleReply,
     put_option_reply,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -337,12 +337,8 @@ pub(crate) fn serve_memory(
                 let data = memory.lock().unwrap()[at..at + len].to_vec();
                 if structured {
                     let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
-                    stream.write_all(&encode_offset_data(
-                        done,
-                        request.cookie,
-                        request.offset,
-                        request.len,
-                    ))?;
+                    let to = ReplyTo::compact(request.cookie);
+                    stream.write_all(&to.offset_data(done, request.offset, request.len as u32))?;
                 } else {
                     stream.write_all(&done)?;
                 }

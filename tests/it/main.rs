@@ -29,6 +29,7 @@ mod engine;
 mod nbd_basic;
 mod nbd_common;
 mod nbd_contexts;
+mod nbd_extended;
 mod nbd_fast;
 mod nbd_handshake;
 mod nbd_robust;

@@ -10,6 +10,7 @@ use conbd::nbd::proto::*;
 use conbd::nbd::server::{ListenAddr, Server, ServerConfig, ServerError, ShutdownReport};
 use conbd::nbd::wire::*;
 use openssl::ssl::{HandshakeError, ShutdownState, Ssl, SslStream};
+use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -110,6 +111,19 @@ impl TestServer {
             assert_eq!(replies.last().unwrap().0, NBD_REP_ACK);
         }
         c.go(name);
+        c
+    }
+
+    /// A connection in transmission with extended headers and these contexts.
+    pub(crate) fn go_extended(&self, name: &str, contexts: &[&str]) -> Raw {
+        let mut c = self.haggle();
+        assert_eq!(c.opt(NBD_OPT_EXTENDED_HEADERS, b""), vec![(NBD_REP_ACK, vec![])]);
+        let mut data = Vec::new();
+        MetaContextRequest::put(&mut data, name, contexts);
+        let replies = c.opt(NBD_OPT_SET_META_CONTEXT, &data);
+        assert_eq!(replies.last().unwrap().0, NBD_REP_ACK);
+        c.go(name);
+        c.extended = true;
         c
     }
 
@@ -228,20 +242,31 @@ pub(crate) struct Raw {
     /// Of the last successful GO.
     pub(crate) size: u64,
     pub(crate) flags: TransmissionFlags,
+    /// Headers are extended.
+    pub(crate) extended: bool,
+    /// Offsets of requests by their cookie, to be echoed.
+    offsets: HashMap<u64, u64>,
 }
 
+/// `NBD_CMD_FLAG_PAYLOAD_LEN`.
+pub(crate) const PAYLOAD_LEN: u16 = 1 << 5;
+
 impl Raw {
+    fn new(s: Box<dyn Socket>) -> Raw {
+        Raw { s, size: 0, flags: TransmissionFlags::empty(), extended: false, offsets: HashMap::new() }
+    }
+
     pub(crate) fn unix(s: UnixStream) -> Raw {
         s.set_read_timeout(Some(PATIENCE)).unwrap();
         s.set_write_timeout(Some(PATIENCE)).unwrap();
-        Raw { s: Box::new(s), size: 0, flags: TransmissionFlags::empty() }
+        Raw::new(Box::new(s))
     }
 
     pub(crate) fn tcp(s: TcpStream) -> Raw {
         s.set_read_timeout(Some(PATIENCE)).unwrap();
         s.set_write_timeout(Some(PATIENCE)).unwrap();
         s.set_nodelay(true).unwrap();
-        Raw { s: Box::new(s), size: 0, flags: TransmissionFlags::empty() }
+        Raw::new(Box::new(s))
     }
 
     /// The same client behind TLS; the server has granted it.
@@ -256,12 +281,18 @@ impl Raw {
     /// Placeholder fields; the stream is replaced.
     fn bare() -> Raw {
         let (a, _) = UnixStream::pair().unwrap();
-        Raw { s: Box::new(a), size: 0, flags: TransmissionFlags::empty() }
+        Raw::new(Box::new(a))
     }
 
     /// The same client with another stream in the place of its own, made of that.
     pub(crate) fn map(self, f: impl FnOnce(Box<dyn Socket>) -> Box<dyn Socket>) -> Raw {
-        Raw { s: f(self.s), size: self.size, flags: self.flags }
+        Raw {
+            s: f(self.s),
+            size: self.size,
+            flags: self.flags,
+            extended: self.extended,
+            offsets: self.offsets,
+        }
     }
 
     /// Sends bytes past TLS.
@@ -409,17 +440,45 @@ impl Raw {
     // --------------------------------------------------------------------------------------- transmission
 
     pub(crate) fn send_req(&mut self, cmd: u16, flags: u16, cookie: u64, offset: u64, len: u32) {
+        self.send_wide(cmd, flags, cookie, offset, len.into());
+    }
+
+    /// A request with a length of 64 bits, which takes extended headers.
+    pub(crate) fn send_wide(&mut self, cmd: u16, flags: u16, cookie: u64, offset: u64, len: u64) {
         let h = RequestHeader { flags: CmdFlags::from_bits_retain(flags), cmd, cookie, offset, len };
-        self.send(&h.encode());
+        if self.extended {
+            self.offsets.insert(cookie, offset);
+            self.send(&h.encode_extended());
+        } else {
+            self.send(&h.encode());
+        }
+    }
+
+    /// Sends a request without payload and returns the error of its reply.
+    #[track_caller]
+    pub(crate) fn call_wide(&mut self, cmd: u16, flags: u16, offset: u64, len: u64) -> u32 {
+        let cookie = offset.wrapping_mul(37).wrapping_add(len) ^ 0xabcd_0000_0000_0002;
+        self.send_wide(cmd, flags, cookie, offset, len);
+        Raw::error_of(&self.recv_chunks(cookie))
     }
 
     pub(crate) fn recv_reply(&mut self) -> Reply {
-        match ReplyHeader::decode(&self.array()).unwrap() {
+        let header = ReplyHeader::decode(&self.array()).unwrap();
+        let wide = matches!(header, ReplyHeader::Extended(_));
+        assert_eq!(wide, self.extended, "104: extended replies, and only those, with extended headers");
+        match header {
             ReplyHeader::Simple(s) => {
                 Reply::Simple { error: s.error.map_or(0, Errno::to_wire), cookie: s.cookie }
             }
-            ReplyHeader::Chunk(c) => {
-                let len = u32::from_be_bytes(self.array());
+            ReplyHeader::Chunk(c) | ReplyHeader::Extended(c) => {
+                let c = if self.extended {
+                    let c = c.with_extended_tail(self.array());
+                    assert_eq!(self.offsets.get(&c.cookie), Some(&c.offset), "104: the offset is echoed");
+                    c
+                } else {
+                    c.with_tail(self.array())
+                };
+                let len = c.len;
                 let payload = self.recv(len as usize);
                 assert!(c.flags.bits() <= 1, "105: no other reply flag");
                 let done = c.flags.contains(ReplyFlags::NBD_REPLY_FLAG_DONE);
@@ -483,6 +542,7 @@ impl Raw {
 
     #[track_caller]
     pub(crate) fn write(&mut self, flags: u16, offset: u64, data: &[u8]) -> u32 {
+        let flags = if self.extended { flags | PAYLOAD_LEN } else { flags };
         self.send_req(NBD_CMD_WRITE, flags, 0x77, offset, data.len() as u32);
         self.send(data);
         Raw::error_of(&self.recv_chunks(0x77))

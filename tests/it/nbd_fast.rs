@@ -27,13 +27,13 @@ fn file_node(bytes: &[u8]) -> (tempfile::TempDir, Arc<dyn BlockNode>) {
 
 fn read_header(cookie: u64, flags: u16, offset: u64, len: u32) -> Vec<u8> {
     let flags = CmdFlags::from_bits_retain(flags);
-    RequestHeader { flags, cmd: NBD_CMD_READ, cookie, offset, len }.encode().to_vec()
+    RequestHeader { flags, cmd: NBD_CMD_READ, cookie, offset, len: len.into() }.encode().to_vec()
 }
 
 fn write_request(cookie: u64, offset: u64, data: &[u8]) -> Vec<u8> {
     let flags = CmdFlags::empty();
     let len = data.len() as u32;
-    let header = RequestHeader { flags, cmd: NBD_CMD_WRITE, cookie, offset, len };
+    let header = RequestHeader { flags, cmd: NBD_CMD_WRITE, cookie, offset, len: len.into() };
     [&header.encode()[..], data].concat()
 }
 

@@ -166,7 +166,13 @@ fn replies_that_nobody_reads_stop_that_client_only_163_167() {
         let mut hungry = t.go("", false);
         let mut batch = Vec::new();
         for cookie in 0..n {
-            let h = RequestHeader { flags: CmdFlags::empty(), cmd: NBD_CMD_READ, cookie, offset: 0, len };
+            let h = RequestHeader {
+                flags: CmdFlags::empty(),
+                cmd: NBD_CMD_READ,
+                cookie,
+                offset: 0,
+                len: len.into(),
+            };
             batch.extend_from_slice(&h.encode());
         }
         hungry.send(&batch);

@@ -745,7 +745,7 @@ fn bytes_arrive_in_order_whatever_their_sizes_and_however_slow_the_reader() {
                 cmd: NBD_CMD_WRITE,
                 cookie: at,
                 offset: at,
-                len: n as u32,
+                len: n,
             };
             requests.extend_from_slice(&header.encode());
             requests.extend_from_slice(&disk[at as usize..(at + n) as usize]);
