@@ -5,16 +5,18 @@
 //! IoThread 0..T: connections i with i mod T = thread; each has `depth` worker coroutines over one Client
 //! ```
 //!
+//! Without `--verify` a connection has no workers: one coroutine drives it by itself (`drive.rs`), for little cost per request.
 //! A worker makes one request after the other and records its latency in its connection's histogram (same
 //! thread, so the lock is never contended). With `--verify`, every block that is written tells its
 //! offset, generation and seed and is filled with bytes that follow from them; a table holds the newest
 //! generation of each block and keeps two requests off the same block. See [`verify`].
 
+use super::drive::co_drive;
 use super::{EXIT_FAILURE, EXIT_OK, EXIT_VERIFY, Failure, with_sources, write_out};
 use crate::aio::{AioConfig, AioContext, IoThread};
 use crate::co::{Coroutine, co_sleep_ns};
 use crate::config::{Size, Span};
-use crate::nbd::client::{Client, ClientError, Uri};
+use crate::nbd::client::{Bare, Client, ClientError, ExportInfo, Uri};
 use crate::nbd::proto::{CmdFlags, TransmissionFlags};
 use crate::util::buf::IoBuf;
 use clap::Args;
@@ -30,7 +32,7 @@ use std::time::{Duration, Instant};
 /// Requests in flight over all connections that may be asked for (ours; each is a coroutine).
 const WORKERS_MAX: usize = 16_384;
 /// Longest latency that the histograms can hold, in nanoseconds (ours: ten minutes).
-const LATENCY_MAX_NS: u64 = 600_000_000_000;
+pub(super) const LATENCY_MAX_NS: u64 = 600_000_000_000;
 /// A server that answers nothing for this long ends the run (ours).
 const STALL: Duration = Duration::from_secs(30);
 /// Errors that are kept for the report (ours).
@@ -139,8 +141,8 @@ enum Pattern {
 }
 
 /// What is being done; shared by all workers.
-struct Job {
-    bs: usize,
+pub(super) struct Job {
+    pub(super) bs: usize,
     rw: Rw,
     pattern: Pattern,
     verify: bool,
@@ -156,9 +158,49 @@ struct Job {
     table: Vec<AtomicU32>,
 }
 
+/// A connection's two ways to make requests.
+enum Link {
+    /// By workers that wait for each.
+    Full(Client),
+    /// By the driver.
+    Bare(Arc<Bare>),
+}
+
+impl Link {
+    fn info(&self) -> &ExportInfo {
+        match self {
+            Link::Full(client) => client.info(),
+            Link::Bare(bare) => &bare.info,
+        }
+    }
+
+    /// The client of a verifying run.
+    fn full(&self) -> &Client {
+        match self {
+            Link::Full(client) => client,
+            Link::Bare(_) => unreachable!("only a verifying run has workers"),
+        }
+    }
+
+    /// Makes every request fail soon. Any thread.
+    fn interrupt(&self) {
+        match self {
+            Link::Full(client) => client.interrupter().interrupt(),
+            Link::Bare(bare) => bare.stream.interrupt(),
+        }
+    }
+
+    fn co_close(self) {
+        match self {
+            Link::Full(client) => client.co_close(),
+            Link::Bare(bare) => bare.co_close(),
+        }
+    }
+}
+
 /// One connection and what it has done.
-struct Connection {
-    client: Client,
+pub(super) struct Connection {
+    client: Link,
     context: Arc<AioContext>,
     /// Blocks that it uses.
     range: std::ops::Range<u64>,
@@ -211,7 +253,16 @@ impl Connection {
         f(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn record_error(&self, job: &Job, error: &ClientError) {
+    /// A request was answered.
+    pub(super) fn record(&self, reads: bool, latency_ns: u64) {
+        self.ops.fetch_add(1, Ordering::Relaxed);
+        self.stats(|s| {
+            let histogram = if reads { &mut s.read } else { &mut s.write };
+            histogram.saturating_record(latency_ns);
+        });
+    }
+
+    pub(super) fn record_error(&self, job: &Job, error: &ClientError) {
         let errors = self.stats(|s| {
             s.errors += 1;
             if s.error_texts.len() < KEPT {
@@ -238,7 +289,7 @@ impl Connection {
 }
 
 /// A small, fast generator (splitmix64): good enough to choose blocks and to fill them.
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -349,13 +400,43 @@ impl Claim<'_> {
     }
 }
 
+/// What writes carry that are not verified.
+pub(super) fn verify_fill(block: &mut [u8], job: &Job) {
+    if block.len() >= verify::HEADER {
+        verify::fill(block, 0, 0, job.seed);
+    } else {
+        block.fill(0x5a);
+    }
+}
+
 impl Job {
     fn done(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|end| Instant::now() >= end)
+        self.done_at(Instant::now())
+    }
+
+    /// Whether no request may begin any more, at this time.
+    pub(super) fn done_at(&self, now: Instant) -> bool {
+        self.stop.load(Ordering::Relaxed) || self.deadline.is_some_and(|end| now >= end)
+    }
+
+    /// Whether the next request reads.
+    pub(super) fn reads(&self, random: &mut Random) -> bool {
+        u64::from(self.rw.0) > random.below(100)
+    }
+
+    /// Chooses the next block, whoever else works on it.
+    pub(super) fn next_block(&self, connection: &Connection, random: &mut Random) -> u64 {
+        let range = &connection.range;
+        let count = range.end - range.start;
+        range.start
+            + match self.pattern {
+                Pattern::Random => random.below(count),
+                Pattern::Sequential => connection.cursor.fetch_add(1, Ordering::Relaxed) % count,
+            }
     }
 
     /// Takes one from the number of requests that may begin.
-    fn may_begin(&self) -> bool {
+    pub(super) fn may_begin(&self) -> bool {
         match &self.remaining {
             None => true,
             Some(left) => {
@@ -398,7 +479,7 @@ fn co_work(job: &Job, connection: &Connection, mut random: Random) {
     let mut buf = IoBuf::new(job.bs);
     verify::fill(&mut buf, 0, 0, job.seed);
     while !job.done() && job.may_begin() {
-        let reads = u64::from(job.rw.0) > random.below(100);
+        let reads = job.reads(&mut random);
         let claim = job.co_next(connection, &mut random);
         let offset = claim.block * job.bs as u64;
         let begin;
@@ -406,24 +487,20 @@ fn co_work(job: &Job, connection: &Connection, mut random: Random) {
         let mut generation = claim.generation;
         if reads {
             begin = Instant::now();
-            outcome = connection.client.co_read(offset, buf);
+            outcome = connection.client.full().co_read(offset, buf);
         } else {
             generation = (generation % (BUSY - 1)) + 1;
             if job.verify {
                 verify::fill(&mut buf, offset, generation, job.seed);
             }
             begin = Instant::now();
-            outcome = connection.client.co_write(offset, buf, CmdFlags::empty());
+            outcome = connection.client.full().co_write(offset, buf, CmdFlags::empty());
         }
         let latency = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX).clamp(1, LATENCY_MAX_NS);
         match outcome {
             Ok(back) => {
                 buf = back;
-                connection.ops.fetch_add(1, Ordering::Relaxed);
-                connection.stats(|s| {
-                    let histogram = if reads { &mut s.read } else { &mut s.write };
-                    histogram.saturating_record(latency);
-                });
+                connection.record(reads, latency);
                 if job.verify && reads {
                     // In a mix, a block that this run has not written may hold anything.
                     let any = job.table.is_empty();
@@ -461,7 +538,7 @@ fn co_read_back(job: &Job, connection: &Connection, next: &AtomicU64, end: u64) 
             continue;
         }
         let offset = block * job.bs as u64;
-        match connection.client.co_read(offset, buf) {
+        match connection.client.full().co_read(offset, buf) {
             Ok(back) => {
                 buf = back;
                 connection.ops.fetch_add(1, Ordering::Relaxed);
@@ -556,13 +633,18 @@ fn connect_all(
     args: &BenchArgs,
     uri: &Uri,
     contexts: &[Arc<AioContext>],
-) -> (Vec<(Client, Arc<AioContext>)>, Option<Failure>) {
+) -> (Vec<(Link, Arc<AioContext>)>, Option<Failure>) {
     let (tell, heard) = channel();
     for i in 0..args.connections {
         let context = Arc::clone(&contexts[i % contexts.len()]);
         let (tell, uri, home) = (tell.clone(), uri.clone(), Arc::clone(&context));
+        let verify = args.verify;
         Coroutine::new(move || {
-            let outcome = Client::co_connect(&uri);
+            let outcome = if verify {
+                Client::co_connect(&uri).map(Link::Full)
+            } else {
+                Bare::co_connect(&uri).map(|bare| Link::Bare(Arc::new(bare)))
+            };
             // The receiver lives until all have reported.
             let _ = tell.send((i, outcome, home));
         })
@@ -590,7 +672,7 @@ fn connect_all(
 }
 
 /// Closes connections and waits for it.
-fn close_all(clients: Vec<(Client, Arc<AioContext>)>) {
+fn close_all(clients: Vec<(Link, Arc<AioContext>)>) {
     let (tell, heard) = channel::<()>();
     for (client, context) in clients {
         let tell = tell.clone();
@@ -605,8 +687,7 @@ fn close_all(clients: Vec<(Client, Arc<AioContext>)>) {
     let _ = heard.recv();
 }
 
-fn make_job(args: &BenchArgs, client: &Client) -> Result<Job, Failure> {
-    let info = client.info();
+fn make_job(args: &BenchArgs, info: &ExportInfo) -> Result<Job, Failure> {
     let sizes = info.effective_block_sizes();
     let bs = args.bs.0;
     let writes = args.rw.0 < 100;
@@ -662,9 +743,9 @@ fn make_job(args: &BenchArgs, client: &Client) -> Result<Job, Failure> {
 fn measure(
     args: &BenchArgs,
     uri: &Uri,
-    clients: Vec<(Client, Arc<AioContext>)>,
+    clients: Vec<(Link, Arc<AioContext>)>,
 ) -> Result<(u8, String), Failure> {
-    let mut job = match make_job(args, &clients[0].0) {
+    let mut job = match make_job(args, clients[0].0.info()) {
         Ok(job) => job,
         Err(failure) => {
             close_all(clients);
@@ -702,6 +783,14 @@ fn measure(
     let finished = {
         let (tell, heard) = channel::<()>();
         for (c, connection) in connections.iter().enumerate() {
+            if let Link::Bare(bare) = &connection.client {
+                let (bare, depth) = (Arc::clone(bare), args.depth);
+                let random = Random(mix(args.seed ^ mix((c as u64) << 32)));
+                spawn_worker(&job, connection, &tell, move |job, connection| {
+                    co_drive(job, connection, bare, depth, random)
+                });
+                continue;
+            }
             for w in 0..args.depth {
                 let random = Random(mix(args.seed ^ mix(((c as u64) << 32) | w as u64)));
                 spawn_worker(&job, connection, &tell, move |job, connection| {
@@ -782,7 +871,7 @@ fn wait(
             alive = false;
             job.stop.store(true, Ordering::Relaxed);
             for connection in connections {
-                connection.client.interrupter().interrupt();
+                connection.client.interrupt();
             }
         }
         if shown.1.elapsed() >= Duration::from_millis(500) {
@@ -807,7 +896,7 @@ fn read_back(
             continue;
         }
         spawn_worker(job, connection, &tell, |job, connection| {
-            if let Err(error) = connection.client.co_flush() {
+            if let Err(error) = connection.client.full().co_flush() {
                 connection.record_error(job, &error);
             }
         });

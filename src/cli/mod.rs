@@ -4,6 +4,7 @@
 //! next. Runs on the main thread.
 
 mod bench;
+mod drive;
 mod inspect;
 mod man;
 mod serve;

@@ -832,13 +832,19 @@ impl Negotiation {
     ///
     /// # Errors
     /// `Refused` (e.g. no such export); what the connection reports. The connection is gone then.
-    pub fn co_go(mut self, name: &str) -> Result<Client> {
+    pub fn co_go(self, name: &str) -> Result<Client> {
+        let (negotiation, info) = self.co_choose(name)?;
+        Client::start(negotiation, info)
+    }
+
+    /// Chooses the export; what follows is transmission.
+    fn co_choose(mut self, name: &str) -> Result<(Negotiation, ExportInfo)> {
         if self.context_export.as_deref().is_some_and(|other| other != name) {
             self.contexts.clear();
         }
         if self.fixed {
             match self.co_info_or_go(NBD_OPT_GO, name) {
-                Ok(info) => return Client::start(self, info),
+                Ok(info) => return Ok((self, info)),
                 Err(ClientError::Refused { reply: NBD_REP_ERR_UNSUP, .. }) => {}
                 Err(e) => return Err(e),
             }
@@ -875,7 +881,7 @@ impl Negotiation {
             flags: reply.flags,
             block_sizes: None,
         };
-        Client::start(self, info)
+        Ok((self, info))
     }
 }
 
@@ -1071,6 +1077,36 @@ pub struct Client {
     info: ExportInfo,
     contexts: Vec<(u32, String)>,
     address: Address,
+}
+
+/// A connection in the transmission phase whose owner writes the requests and reads the (simple) replies itself.
+pub struct Bare {
+    /// The connection.
+    pub(crate) stream: Channel,
+    /// What the server said about the export.
+    pub info: ExportInfo,
+}
+
+impl Bare {
+    /// Connects to the URI's export, without structured replies. Yields. Coroutine only.
+    ///
+    /// # Errors
+    /// As [`Client::co_connect`].
+    pub fn co_connect(uri: &Uri) -> Result<Bare> {
+        let (negotiation, info) = Negotiation::co_open_uri(uri)?.co_choose(&uri.export)?;
+        negotiation.stream.set_read_deadline(None);
+        negotiation.stream.set_write_deadline(None);
+        Ok(Bare { stream: negotiation.stream, info })
+    }
+
+    /// Says goodbye, if nothing is in the way, and hangs up. Yields.
+    pub fn co_close(&self) {
+        let header =
+            RequestHeader { flags: CmdFlags::empty(), cmd: NBD_CMD_DISC, cookie: 0, offset: 0, len: 0 };
+        // The server may be gone, or not reading: then there is nobody to say it to.
+        let _ = self.stream.try_writev(&[IoSlice::new(&header.encode())]);
+        self.stream.co_close();
+    }
 }
 
 /// Cuts a client's connection from any thread.
