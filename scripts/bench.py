@@ -11,7 +11,7 @@ the markers of docs/performance.md; a quick or partial run prints its tables and
 
 Environment: QUICK=1 (two minutes), BENCH_GROUPS=raw,copy,... (only these), ROUNDS, SECONDS_PER_RUN, BENCH_DIR (where the images are made).
 """
-import json, os, re, shlex, shutil, socket, statistics, struct, subprocess, sys, tempfile, time
+import json, os, re, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONBD = os.environ.get("CONBD", ROOT + "/target/release/conbd")
@@ -68,8 +68,9 @@ def nbdkit(s):
 def nbd_server(s):
     where = f"listenaddr = 127.0.0.1\nport = {s.port}\n" if s.tcp else f"unixsock = {s.socket}\nlistenaddr = 127.0.0.1\nport = {s.port}\n"
     with open(s.socket + ".conf", "w") as f:
-        f.write(f"[generic]\n{where}max_threads = 16\n[disk]\nexportname = {s.image}\nflush = true\nfua = true\n")
-    return ["nbd-server", "-n", "-C", s.socket + ".conf"]
+        f.write(f"[generic]\n{where}max_threads = 16\nallowlist = true\n[disk]\nexportname = {s.image}\nflush = true\nfua = true\n")
+    # It can stay in the foreground, but then it serves one client at a time.
+    return ["nbd-server", "-C", s.socket + ".conf", "-p", s.socket + ".pid"]
 
 
 SERVERS = {
@@ -109,6 +110,12 @@ class Server:
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         self.pid = self.process.pid
         end = time.time() + 10
+        if name == "nbd-server":  # it forks away
+            while not os.path.exists(self.socket + ".pid") and time.time() < end:
+                time.sleep(0.02)
+            time.sleep(0.1)
+            with open(self.socket + ".pid") as f:
+                self.pid = int(f.read())
         while True:
             try:
                 probe = socket.socket(socket.AF_INET if tcp else socket.AF_UNIX)
@@ -116,20 +123,26 @@ class Server:
                 probe.close()
                 return
             except OSError:
-                if self.process.poll() is not None or time.time() > end:
+                if not self.alive() or time.time() > end:
                     self.stop()
                     self.log.seek(0)
                     raise RuntimeError(f"{shlex.join(argv)}: did not start: {self.log.read()[-400:]}") from None
                 time.sleep(0.02)
 
+    def alive(self):
+        if self.pid != self.process.pid:
+            return os.path.exists(f"/proc/{self.pid}")
+        return self.process.poll() is None
+
     def stop(self):
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for attempt in range(500):
+                if not self.alive():
+                    self.process.wait()
+                    return
+                if attempt == 0:
+                    os.kill(self.pid, number)
+                time.sleep(0.02)
 
     def tree(self, pid=None):
         pid = pid or self.pid
@@ -341,7 +354,7 @@ class Bench:
                             m = MEASURE[r["kind"]](servers[name], r)
                         except Exception as e:
                             self.note(f"{r['title']}: {name}: {e}")
-                            if servers[name].process.poll() is not None:
+                            if not servers[name].alive():
                                 servers[name] = starters[name]()
                             continue
                         self.results.setdefault(r["key"], {"row": r, "group": title, "runs": {}})["runs"] \
@@ -533,7 +546,7 @@ class Bench:
                                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                     time.sleep(0.3)
                     m = load(server, r, 0.5)
-                    tracer.send_signal(2)
+                    tracer.send_signal(signal.SIGINT)
                     tracer.wait()
                     with open(out) as f:
                         calls = sum(int(x.split()[3]) for x in f if re.match(r"^\s*[\d.]+\s+[\d.]+\s+\d+\s+\d+\s", x) and not x.rstrip().endswith("total"))
