@@ -18,10 +18,9 @@
 
 use super::node::{Fault, Qcow2Node};
 use crate::block::wait::lock;
-use crate::block::{BlockNode, Error, Result, WriteFlags};
+use crate::block::{BlockNode, Error, Result};
 use crate::co::CoMutex;
 use crossbeam_utils::CachePadded;
-use std::io::IoSlice;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// What a commit leaves out on purpose: the crash suite must notice each.
@@ -182,25 +181,19 @@ impl Qcow2Node {
 
     fn co_write_counts(&self, counts: &[super::refcounts::BlockCopy]) -> Result<()> {
         for b in counts {
-            super::io::co_write(&*self.file, b.host, &[IoSlice::new(&b.bytes)], WriteFlags::empty())?;
+            super::io::co_write_quick(&*self.file, b.host, &b.bytes)?;
         }
         Ok(())
     }
 
     fn co_write_pointers(&self, l1: &[(u64, u64)], slices: &[super::l2::SliceCopy]) -> Result<()> {
         for s in slices {
-            super::io::co_write(&*self.file, s.host, &[IoSlice::new(&s.bytes)], WriteFlags::empty())?;
+            super::io::co_write_quick(&*self.file, s.host, &s.bytes)?;
         }
         // Eight aligned bytes each: never torn.
         let table = self.l1_offset.load(Ordering::SeqCst);
         for (index, raw) in l1 {
-            let bytes = raw.to_be_bytes();
-            super::io::co_write(
-                &*self.file,
-                table + index * 8,
-                &[IoSlice::new(&bytes)],
-                WriteFlags::empty(),
-            )?;
+            super::io::co_write_quick(&*self.file, table + index * 8, &raw.to_be_bytes())?;
         }
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! Qcow2Node: one open qcow2 image. Its parts are in the files beside this one; here it is opened and closed.
 //!
 //! Any thread. A read, and a write to a cluster that is allocated and not shared, takes a ticket (`epoch`), looks the
-//! mapping up (`l2`) and does its I/O: no lock, no cache line that two threads write. Lock order, outer first: commit
-//! gate (`commit`), claim (`claims`), L2 tables, first change, allocator (`alloc`); these are held over I/O. The std
-//! mutexes (slice, dirty lists, pending, arenas) are inside of all of them and never held across a yield.
+//! mapping up (`l2`) and does its I/O: no lock, no cache line that two threads write. Lock order, outer first: claim
+//! (`claims`) or first change, commit gate (`commit`), allocator (`alloc`); L2 tables, allocator. These are held over I/O.
+//! The std mutexes (slice, dirty lists, pending, arenas) are inside of all of them and never held across a yield.
 
 use super::alloc::{Alloc, Pending, Run};
 use super::claims::Claims;

@@ -68,7 +68,7 @@ impl Qcow2Node {
             return Err(self.co_mark_corrupt("an L2 table is past the end of the file", host));
         }
         let mut bytes = vec![0; self.map.slice_bytes()];
-        super::io::co_read(&*self.file, host, &mut [IoSliceMut::new(&mut bytes)])?;
+        super::io::co_read_quick(&*self.file, host, &mut bytes)?;
         self.co_check_slice(&bytes, guest);
         loading.finish(&bytes);
         Ok(())
