@@ -5,6 +5,7 @@
 use crate::corpus::{noise, qemu_img, qemu_io, text};
 use crate::driver::Threads;
 use crate::image::{self, Layout, be32, be64};
+use crate::power::{Rng, seed};
 use conbd::block::qcow2::Qcow2Node;
 use conbd::block::{BlockNode, WriteFlags};
 use std::fs;
@@ -516,4 +517,67 @@ fn no_broken_image_harms_us() {
 #[test]
 fn no_broken_image_with_other_features_harms_us() {
     survive(",refcount_bits=1,compression_type=zstd", false, 250);
+}
+
+/// Bytes of metadata flipped at random: nothing is known of what that means, but it may not harm us.
+/// `CONBD_FUZZ=N` tries N images instead of a few.
+#[test]
+fn no_random_damage_harms_us() {
+    let threads = Threads::new(2);
+    let dir = tempfile::tempdir().unwrap();
+    let image = good(dir.path(), "", true);
+    let tries = std::env::var("CONBD_FUZZ").map_or(150, |n| n.parse().expect("CONBD_FUZZ is a number"));
+    let first = seed(1);
+    let p = places(&image);
+    let areas = [
+        0..200,
+        0..CLUSTER,
+        p.l.l1_offset..p.l.l1_offset + 64,
+        p.l2..p.l2 + CLUSTER,
+        p.l.reftable_offset..p.l.reftable_offset + 32,
+        p.refblock..p.refblock + 200,
+        p.l.snapshots_offset..p.l.snapshots_offset + 80,
+        p.l.snapshots[0].l1_offset..p.l.snapshots[0].l1_offset + 64,
+        p.l.bitmaps.as_ref().unwrap().0..p.l.bitmaps.as_ref().unwrap().0 + 40,
+    ];
+    let path = dir.path().join("bad.qcow2");
+    for s in first..first + tries {
+        let mut rng = Rng(s);
+        let mut bytes = image.clone();
+        for _ in 0..1 + rng.below(6) {
+            let area = &areas[rng.below(areas.len() as u64) as usize];
+            let at = (area.start + rng.below(area.end - area.start)) as usize % bytes.len();
+            bytes[at] = match rng.below(3) {
+                0 => bytes[at] ^ (1 << rng.below(8)),
+                1 => rng.next() as u8,
+                _ => [0, 0xff, 0x80, 1][rng.below(4) as usize],
+            };
+        }
+        fs::write(&path, &bytes).unwrap();
+        if let Ok(node) = threads.open(&path, true, None) {
+            read_clusters(&threads, &node);
+            threads.close(node).ok();
+            assert!(fs::read(&path).unwrap() == bytes, "CONBD_SEED={s}: reading has changed the image");
+        }
+        let Ok(node) = threads.open(&path, false, None) else { continue };
+        let writer = Arc::clone(&node);
+        threads.run(move || {
+            for _ in 0..20 {
+                let len = writer.len().min(4 << 20);
+                if len < 8192 {
+                    return;
+                }
+                let at = rng.below(len - 4096);
+                // Any of these may fail; that is an error to somebody, not a harm.
+                let _may_fail = match rng.below(4) {
+                    0 => writer.co_pwrite_zeroes(at, 4096, WriteFlags::MAY_UNMAP),
+                    1 => writer.co_pdiscard(at, 4096),
+                    2 => writer.co_flush(),
+                    _ => writer.co_pwritev(at, &[IoSlice::new(&[1; 4096])], WriteFlags::empty()),
+                };
+            }
+        });
+        read_clusters(&threads, &node);
+        threads.close(node).ok();
+    }
 }
