@@ -190,7 +190,7 @@ fn begin(
         cmd,
         cookie: slot as u64,
         offset,
-        len: u32::try_from(job.bs).expect("checked with the arguments"),
+        len: job.bs as u64,
     };
     let mut out = drive.out();
     out.slots[slot] = Slot { header: header.encode(), begin: now, reads, offset, in_flight: false };
@@ -257,7 +257,7 @@ fn co_replies(
                     drop(out);
                     if let Some(errno) = reply.error {
                         let cmd = if reads { NBD_CMD_READ } else { NBD_CMD_WRITE };
-                        let len = job.bs as u32;
+                        let len = job.bs as u64;
                         let message = String::new();
                         let error = ClientError::Request { cmd, offset, len, errno, message };
                         connection.record_error(job, &error);
