@@ -185,13 +185,8 @@ fn begin(
     let reads = job.reads(random);
     let offset = job.next_block(connection, random) * job.bs as u64;
     let cmd = if reads { NBD_CMD_READ } else { NBD_CMD_WRITE };
-    let header = RequestHeader {
-        flags: CmdFlags::empty(),
-        cmd,
-        cookie: slot as u64,
-        offset,
-        len: job.bs as u64,
-    };
+    let header =
+        RequestHeader { flags: CmdFlags::empty(), cmd, cookie: slot as u64, offset, len: job.bs as u64 };
     let mut out = drive.out();
     out.slots[slot] = Slot { header: header.encode(), begin: now, reads, offset, in_flight: false };
     out.queue.push_back(slot);
