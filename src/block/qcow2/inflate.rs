@@ -1,15 +1,7 @@
 //! Decompressing one cluster. Pure, except for the time it takes: call it on the thread pool.
 
 use super::FormatError;
-
-/// How an image's compressed clusters are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Compression {
-    /// Raw deflate.
-    Zlib,
-    /// Zstandard, one or more frames.
-    Zstd,
-}
+pub(super) use super::header::Compression;
 
 /// Decompresses a cluster of `size` bytes. `input` may go on behind it (sectors are shared), but must not end before.
 ///

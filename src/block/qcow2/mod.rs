@@ -5,7 +5,7 @@
 //!   l2.rs        the mapping in memory, lock-free       epoch.rs   who may still use what was unlinked
 //!   claims.rs    who may change which guest clusters    alloc.rs, refcounts.rs   host clusters, quarantine
 //!   commit.rs    what becomes durable in which order    compressed.rs, inflate.rs   compressed clusters
-//!   entry.rs, fields.rs, error.rs   what the bytes mean (pure)
+//!   entry.rs, fields.rs, error.rs, header.rs, snapshot.rs, bitmap.rs   what the bytes mean (pure)
 //! ```
 //! What holds at every moment, on the disk as after a power loss:
 //! - I1: a durable pointer has a durable refcount of at least 1 and durable content behind it;
@@ -16,6 +16,7 @@
 //! Leaks are allowed, nothing else. Source of the format: QEMU docs/interop/qcow2 ("the document").
 
 mod alloc;
+pub mod bitmap;
 mod claims;
 mod commit;
 mod compressed;
@@ -24,6 +25,7 @@ mod epoch;
 mod error;
 mod fields;
 mod grow;
+pub mod header;
 mod inflate;
 mod io;
 mod l2;
@@ -31,6 +33,7 @@ mod node;
 mod options;
 mod read;
 mod refcounts;
+pub mod snapshot;
 mod write;
 mod zero;
 
