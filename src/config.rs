@@ -60,6 +60,8 @@ pub enum Format {
     Auto,
     /// the file's bytes are the disk's bytes
     Raw,
+    /// QEMU copy-on-write, version 2 or 3, with its backing chain
+    Qcow2,
 }
 
 /// How writes are cached (QEMU's names).
@@ -442,6 +444,16 @@ pub struct ExportConfig {
     pub tls: ExportTls,
     /// Who may use it; None means everybody.
     pub allow: Option<AllowList>,
+    /// qcow2: id or name of an internal snapshot to serve instead of the disk.
+    pub snapshot: Option<String>,
+    /// qcow2: tell unrecorded formats of backing files by their first bytes.
+    pub backing_probe: bool,
+    /// qcow2: memory for L2 tables; None means what covers the image, up to a bound.
+    pub l2_cache: Option<Size>,
+    /// Dirty bitmaps that are offered as metadata contexts.
+    pub bitmaps: Vec<String>,
+    /// Offer the metadata context `qemu:allocation-depth`.
+    pub allocation_depth: bool,
 }
 
 impl ExportConfig {
@@ -461,6 +473,11 @@ impl ExportConfig {
             size: None,
             tls: ExportTls::default(),
             allow: None,
+            snapshot: None,
+            backing_probe: false,
+            l2_cache: None,
+            bitmaps: Vec::new(),
+            allocation_depth: false,
         }
     }
 
@@ -586,6 +603,11 @@ struct ExportTable {
     size: Option<Spanned<Size>>,
     tls: Option<Spanned<ExportTls>>,
     allow: Option<Spanned<Vec<String>>>,
+    snapshot: Option<String>,
+    backing_probe: Option<bool>,
+    l2_cache: Option<Size>,
+    bitmaps: Option<Vec<String>>,
+    allocation_depth: Option<bool>,
 }
 
 /// Flags of `conbd serve`.
@@ -625,6 +647,26 @@ pub struct ServeFlags {
     /// How much of the image is exported, such as 10G [default: up to its end]
     #[arg(long, value_name = "SIZE", requires = "image")]
     pub size: Option<Size>,
+
+    /// qcow2: serve this internal snapshot (its id or name), read-only
+    #[arg(long, value_name = "SNAPSHOT", requires = "image")]
+    pub snapshot: Option<String>,
+
+    /// qcow2: tell the format of a backing file by its first bytes where the image does not record it
+    #[arg(long)]
+    pub allow_backing_probe: bool,
+
+    /// qcow2: memory for L2 tables, such as 32M [default: what covers the image, at most 256M]
+    #[arg(long, value_name = "SIZE")]
+    pub l2_cache: Option<Size>,
+
+    /// qcow2: offer this dirty bitmap as qemu:dirty-bitmap:NAME; may repeat
+    #[arg(long, value_name = "NAME", requires = "image")]
+    pub bitmap: Vec<String>,
+
+    /// Offer qemu:allocation-depth: which image of a backing chain holds what
+    #[arg(long)]
+    pub allocation_depth: bool,
 
     /// Listen on this TCP address; may repeat; port 0 takes a free one [default: 127.0.0.1:10809, unless --socket is given]
     #[arg(long, value_name = "ADDR:PORT")]
@@ -846,6 +888,8 @@ impl Config {
                     Err(why) => return flag_error(format!("--allow {why}")),
                 }
             }
+            export.snapshot = flags.snapshot.clone();
+            export.bitmaps.clone_from(&flags.bitmap);
             if let Err(why) = check_string(&export.name) {
                 return flag_error(format!("--export: the name {why}"));
             }
@@ -864,6 +908,9 @@ impl Config {
             export.cache = flags.cache.unwrap_or(export.cache);
             export.discard = flags.discard.unwrap_or(export.discard);
             export.lock = flags.lock.unwrap_or(export.lock);
+            export.backing_probe |= flags.allow_backing_probe;
+            export.l2_cache = flags.l2_cache.or(export.l2_cache);
+            export.allocation_depth |= flags.allocation_depth;
         }
         self.apply_tls(flags)?;
         if self.exports.is_empty() {
@@ -1095,6 +1142,11 @@ fn check_exports(
             let list = AllowList::parse(allow.get_ref());
             export.allow = Some(list.map_err(|why| source.error(&allow.span(), format!("allow: {why}")))?);
         }
+        export.snapshot = table.snapshot;
+        export.backing_probe = table.backing_probe.unwrap_or(false);
+        export.l2_cache = table.l2_cache;
+        export.bitmaps = table.bitmaps.unwrap_or_default();
+        export.allocation_depth = table.allocation_depth.unwrap_or(false);
         exports.push(export);
     }
     Ok(exports)

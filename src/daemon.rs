@@ -19,7 +19,9 @@
 //! the process at once with [`EXIT_AT_ONCE`].
 
 use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig};
+use crate::block::qcow2::SnapshotSel;
 use crate::block::{self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions};
+use crate::co;
 use crate::config::{Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, check_filter};
 use crate::nbd::access::TlsMode;
 use crate::nbd::client::{Uri, UriTls};
@@ -235,6 +237,8 @@ impl Daemon {
                 read_only: export.read_only,
                 tls_required: !export.in_the_clear(config.tls.mode()),
                 allow: export.allow.clone(),
+                allocation_depth: export.allocation_depth,
+                bitmaps: export.bitmaps.clone(),
                 ..ExportOptions::default()
             };
             let made = Export::new(options, backend)?;
@@ -269,17 +273,19 @@ impl Daemon {
         self.print_uris()?;
         self.main.poll_until(|| heard.stops.load(Ordering::Relaxed) > 0);
         let report = self.server.shutdown(self.grace);
+        let unclosed = close_images(&self.server);
         self.main.remove_handler(handler);
         // From here on nothing polls the main context: a thread of its own hears a second signal, and the deadline.
         let finished = watch_the_end(signal_fd, CLOSE_GRACE, Arc::clone(log));
         log_counters(&self.server, &contexts, "iothread totals");
-        let outcome = if report.aborted == 0 && report.flush_failures == 0 {
+        let outcome = if report.aborted == 0 && report.flush_failures == 0 && unclosed == 0 {
             info!("stopped: everything was finished and flushed");
             Outcome::Complete
         } else {
             error!(
                 connections_cut = report.aborted,
                 flush_failures = report.flush_failures,
+                images_not_closed = unclosed,
                 "stopped, but not everything was finished and flushed"
             );
             Outcome::Cut
@@ -320,6 +326,24 @@ impl Daemon {
         }
         write_stdout(&lines)
     }
+}
+
+/// Lets every image store what it keeps in memory, when no request is left; returns how many could not.
+fn close_images(server: &Server) -> usize {
+    let backends: Vec<_> =
+        server.exports().snapshot().list().iter().map(|e| Arc::clone(e.backend())).collect();
+    let failed = |backend: Arc<BlockBackend>| {
+        let node = backend.root().name().to_owned();
+        let closed = co::run_to_end(move || backend.root().co_close().map_err(|e| e.to_string()));
+        match closed.map_err(|e| e.to_string()).and_then(|r| r) {
+            Ok(()) => false,
+            Err(why) => {
+                error!(node, error = why, "image could not be closed cleanly");
+                true
+            }
+        }
+    };
+    backends.into_iter().filter(|b| failed(Arc::clone(b))).count()
 }
 
 /// Writes to stdout and flushes. Whoever started us may have closed it: that is no reason not to serve.
@@ -552,10 +576,10 @@ fn explain(error: &ServerError) -> String {
 /// Opens an image; for a check, without locks and without writing. Blocks: nothing is served yet.
 fn open_image(export: &ExportConfig, only_check: bool) -> Result<Arc<BlockBackend>, DaemonError> {
     let options = OpenOptions {
-        filename: export.image.clone(),
         format: match export.format {
             Format::Auto => block::Format::Auto,
             Format::Raw => block::Format::Raw,
+            Format::Qcow2 => block::Format::Qcow2,
         },
         read_only: export.read_only || only_check,
         cache: match export.cache {
@@ -577,6 +601,11 @@ fn open_image(export: &ExportConfig, only_check: bool) -> Result<Arc<BlockBacken
         },
         offset: export.offset.0,
         size: export.size.map(|size| size.0),
+        snapshot: export.snapshot.clone().map(SnapshotSel::IdOrName),
+        backing_probe: export.backing_probe,
+        l2_cache: export.l2_cache.map(|size| size.0),
+        bitmaps: export.bitmaps.clone(),
+        ..OpenOptions::new(&export.image)
     };
     match block::open(&options) {
         Ok(root) => Ok(BlockBackend::new(root)),

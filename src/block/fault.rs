@@ -374,6 +374,14 @@ impl BlockNode for FaultNode {
         self.co_around(FaultOps::DISCARD, "discard", offset, len, || self.child.co_pdiscard(offset, len))
     }
 
+    fn co_close(&self) -> Result<()> {
+        self.child.co_close()
+    }
+
+    fn is_format(&self) -> bool {
+        self.child.is_format()
+    }
+
     fn co_flush(&self) -> Result<()> {
         self.co_around(FaultOps::FLUSH, "flush", 0, 0, || self.child.co_flush())
     }

@@ -19,6 +19,7 @@
 //! part of either fails, the node's flushes fail from then on: the kernel has dropped the pages, and nothing can
 //! bring them back.
 
+use super::chain::Claim;
 use super::lock_bytes::{LockError, LockMode, lock_image, unlock_image};
 use super::quick_writes::QuickWrites;
 use super::range_lock::RangeLock;
@@ -200,6 +201,8 @@ pub struct FileNode {
     /// Plain: writes past the end of a growable file. Exclusive: setting its size. Outer to `ranges`.
     extend: CachePadded<RangeLock>,
     status: CachePadded<StatusCache>,
+    /// Keeps the file from a second user in this process, while it is part of a qcow2 image.
+    claim: Option<Claim>,
     /// Errno that the next sync reports instead of being done; 0: none. For tests.
     sync_fault: AtomicI32,
 }
@@ -333,9 +336,30 @@ impl FileNode {
             ranges: CachePadded::new(RangeLock::new()),
             extend: CachePadded::new(RangeLock::new()),
             status: CachePadded::new(StatusCache::new()),
+            claim: None,
             sync_fault: AtomicI32::new(0),
             file: Arc::new(file),
         })
+    }
+
+    /// Makes it what an image format lies on, as [`FileOptions::growable`] does: for whoever had to look first.
+    pub(super) fn into_growable(mut self) -> FileNode {
+        self.growable = !self.device;
+        if self.growable {
+            self.tail = None;
+        }
+        self
+    }
+
+    /// Device and inode (of a device: its own number): what says that two paths are one file.
+    pub(super) fn id(&self) -> io::Result<(u64, u64)> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        Ok(if self.device { (u64::MAX, stat.st_rdev) } else { (stat.st_dev, stat.st_ino) })
+    }
+
+    /// Keeps `claim` as long as the file is open.
+    pub(super) fn keep_claim(&mut self, claim: Claim) {
+        self.claim = Some(claim);
     }
 
     /// The first bytes of the file, for probing its format. Blocks, as [`FileNode::open`].

@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!   FileNode ── format raw, given:   as it is, or a RawNode for a window
-//!            └─ format probed:       raw → RawNode that keeps image signatures out of the first sector
+//!            ├─ format qcow2:         Qcow2Node with its chain (`chain`), and a RawNode above for a window
+//!            └─ format probed:       qcow2; raw → RawNode that keeps image signatures out of the first sector;
 //!                                    anything else → an error that names it
 //! ```
 //! Opening blocks (paths, locks, sysfs): the daemon does it before it serves; later only by [`co_open`].
 
+use super::chain;
 use super::file::{CacheMode, DiscardMode, FileNode, FileOptions};
 use super::lock_bytes::LockMode;
 use super::probe::{ForeignFormat, PROBE_LEN, probe};
+use super::qcow2::{FormatError, Qcow2Error, Qcow2Node, SnapshotSel};
 use super::raw::RawNode;
 use super::{BlockNode, Error};
 use crate::co;
@@ -26,11 +29,14 @@ pub enum Format {
     Auto,
     /// The bytes as they are.
     Raw,
+    /// QEMU copy-on-write, version 2 or 3, with everything that it names.
+    Qcow2,
 }
 
 impl Format {
     /// All of them, with their names.
-    pub const ALL: [(&'static str, Format); 2] = [("auto", Format::Auto), ("raw", Format::Raw)];
+    pub const ALL: [(&'static str, Format); 3] =
+        [("auto", Format::Auto), ("raw", Format::Raw), ("qcow2", Format::Qcow2)];
 }
 
 /// A word that is none of an option's values.
@@ -87,6 +93,17 @@ pub struct OpenOptions {
     pub offset: u64,
     /// How many bytes are shown; `None`: up to the file's end.
     pub size: Option<u64>,
+    /// qcow2: show this internal snapshot, read-only.
+    pub snapshot: Option<SnapshotSel>,
+    /// qcow2: tell the format of backing images by their first sector where it is not recorded. Only when no guest
+    /// ever wrote to a raw one.
+    pub backing_probe: bool,
+    /// qcow2: leave the backing image out; what is not in the image itself reads as zeroes. Read-only use.
+    pub no_backing: bool,
+    /// qcow2: bytes of L2 tables to keep in memory; `None`: all, up to a bound.
+    pub l2_cache: Option<u64>,
+    /// qcow2: dirty bitmaps that will be shown to clients: that they can be is checked.
+    pub bitmaps: Vec<String>,
 }
 
 impl OpenOptions {
@@ -101,6 +118,11 @@ impl OpenOptions {
             lock: LockMode::default(),
             offset: 0,
             size: None,
+            snapshot: None,
+            backing_probe: false,
+            no_backing: false,
+            l2_cache: None,
+            bitmaps: Vec::new(),
         }
     }
 }
@@ -204,6 +226,80 @@ pub enum OpenError {
         /// The file's size.
         len: u64,
     },
+    /// The bytes are not those of a qcow2 image that this version can open.
+    #[error("image {path:?}: {source}")]
+    Qcow2Format {
+        /// Path as given.
+        path: PathBuf,
+        /// What is wrong, and where.
+        source: Box<FormatError>,
+    },
+    /// A qcow2 image cannot be opened.
+    #[error("{source}")]
+    Qcow2 {
+        /// Path as given.
+        path: PathBuf,
+        /// Why.
+        source: Box<Qcow2Error>,
+    },
+    /// What a qcow2 image names cannot be followed.
+    #[error("image {path:?}: {problem}")]
+    Chain {
+        /// The image that names it.
+        path: PathBuf,
+        /// What and why.
+        problem: String,
+    },
+    /// A file comes twice in what an image consists of.
+    #[error(
+        "image {path:?} is used twice in one backing chain: the chain is a loop, or names one file in two roles"
+    )]
+    ChainLoop {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another export of this process has it.
+    #[error(
+        "image {path:?} is in use by another export of this server, and a qcow2 image that is written has one user; export it once, or everywhere read-only"
+    )]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A backing image whose format nobody recorded.
+    #[error(
+        "image {path:?} does not record the format of its backing file {name:?}; record it (qemu-img rebase -u -b FILE -F raw|qcow2 IMAGE), or allow probing if no guest ever wrote to that file as a raw disk"
+    )]
+    NoBackingFormat {
+        /// The image that names it.
+        path: PathBuf,
+        /// The backing file.
+        name: PathBuf,
+    },
+    /// The backing image cannot be opened.
+    #[error("backing file of image {path:?}: {source}")]
+    Backing {
+        /// The image that names it.
+        path: PathBuf,
+        /// Why.
+        source: Box<OpenError>,
+    },
+    /// The external data file cannot be opened.
+    #[error("external data file of image {path:?}: {source}")]
+    DataFile {
+        /// The image that names it.
+        path: PathBuf,
+        /// Why.
+        source: Box<OpenError>,
+    },
+    /// An option that goes with qcow2 only.
+    #[error("image {path:?} is raw; {option} needs a qcow2 image")]
+    NotQcow2 {
+        /// Path as given.
+        path: PathBuf,
+        /// Which.
+        option: &'static str,
+    },
     /// Anything else.
     #[error("cannot open image {path:?}")]
     Io {
@@ -252,6 +348,14 @@ impl OpenError {
             OpenError::Directory { .. } => libc::EISDIR,
             OpenError::Locked { .. } => libc::EAGAIN,
             OpenError::ForeignFormat { .. } => libc::ENOTSUP,
+            OpenError::Qcow2Format { source, .. } => source.errno(),
+            OpenError::Qcow2 { source, .. } => source.errno(),
+            OpenError::Backing { source, .. } | OpenError::DataFile { source, .. } => source.errno(),
+            OpenError::InUse { .. } => libc::EBUSY,
+            OpenError::ChainLoop { .. } => libc::ELOOP,
+            OpenError::Chain { .. } | OpenError::NoBackingFormat { .. } | OpenError::NotQcow2 { .. } => {
+                libc::EINVAL
+            }
             OpenError::NotAnImage { .. }
             | OpenError::Empty { .. }
             | OpenError::NoDirect { .. }
@@ -260,59 +364,100 @@ impl OpenError {
     }
 }
 
-/// Opens and locks an image. Blocks: before serving, or by [`co_open`].
+/// Opens and locks an image. Blocks: before serving, or by [`co_open`]. Not in a coroutine.
 ///
 /// # Errors
 /// See [`OpenError`].
 pub fn open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
-    let path = &options.filename;
-    let file = FileNode::open(&FileOptions {
-        path: path.clone(),
-        read_only: options.read_only,
-        cache: options.cache,
-        discard: options.discard,
-        lock: options.lock,
-        growable: false,
-    })?;
-    if options.format == Format::Auto {
-        let head =
-            file.read_head(PROBE_LEN).map_err(|source| OpenError::Io { path: path.clone(), source })?;
-        if let Some(format) = probe(&head) {
-            return Err(OpenError::ForeignFormat { path: path.clone(), format });
-        }
-        if !options.read_only {
-            tracing::info!(
-                node = %file.name(),
-                "format not given, probed as raw: writes that put another format's signature into the first sector \
-                 will be refused; give the format raw to allow them"
-            );
-        }
+    let (file, qcow2) = open_file(options)?;
+    if !qcow2 {
+        return raw(options, file);
     }
-    let len = file.len();
-    let file: Arc<dyn BlockNode> = Arc::new(file);
-    let guard = options.format == Format::Auto && options.offset < PROBE_LEN as u64 && !options.read_only;
-    if options.offset == 0 && options.size.is_none_or(|s| s == len) && !guard {
-        return Ok(file);
-    }
-    let name = file.name().to_owned();
-    let window =
-        |_: Error| OpenError::Window { path: path.clone(), offset: options.offset, size: options.size, len };
-    let raw = RawNode::new(&name, file, options.offset, options.size).map_err(window)?;
-    if raw.is_empty() {
-        return Err(OpenError::Window {
-            path: path.clone(),
-            offset: options.offset,
-            size: options.size,
-            len,
-        });
-    }
-    Ok(if guard { Arc::new(raw.with_probe_guard()) } else { Arc::new(raw) })
+    // What reads an image's tables yields: it gets an event loop of its own.
+    let copy = options.clone();
+    let node = co::run_to_end(move || chain::co_open_qcow2(&copy, file))
+        .map_err(|source| OpenError::Io { path: options.filename.clone(), source })??;
+    window(options, node)
 }
 
-/// [`open`] on the context's thread pool. Coroutine only; yields.
+/// Opens and locks a qcow2 image with all that it names, without a window. Coroutine only; yields.
+///
+/// # Errors
+/// See [`OpenError`]; `NotQcow2` for a raw image.
+pub fn co_open_qcow2(options: &OpenOptions) -> Result<Arc<Qcow2Node>, OpenError> {
+    let (file, qcow2) = co::co_run_blocking(|| open_file(options))?;
+    if !qcow2 {
+        return Err(OpenError::NotQcow2 { path: options.filename.clone(), option: "this" });
+    }
+    chain::co_open_qcow2(options, file)
+}
+
+/// [`open`], from a coroutine: what blocks runs on the context's thread pool. Coroutine only; yields.
 ///
 /// # Errors
 /// See [`OpenError`].
 pub fn co_open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
-    co::co_run_blocking(|| open(options))
+    let (file, qcow2) = co::co_run_blocking(|| open_file(options))?;
+    if !qcow2 {
+        return raw(options, file);
+    }
+    window(options, chain::co_open_qcow2(options, file)?)
+}
+
+/// Opens the file, and tells whether it is qcow2.
+fn open_file(options: &OpenOptions) -> Result<(FileNode, bool), OpenError> {
+    let path = &options.filename;
+    let given = options.format == Format::Qcow2;
+    let file = FileNode::open(&FileOptions {
+        path: path.clone(),
+        read_only: options.read_only || options.snapshot.is_some(),
+        cache: options.cache,
+        discard: options.discard,
+        lock: options.lock,
+        growable: given,
+    })?;
+    if options.format != Format::Auto {
+        return Ok((file, given));
+    }
+    let head = file.read_head(PROBE_LEN).map_err(|source| OpenError::Io { path: path.clone(), source })?;
+    match probe(&head) {
+        None => Ok((file, false)),
+        Some(ForeignFormat::Qcow2) => Ok((file.into_growable(), true)),
+        Some(format) => Err(OpenError::ForeignFormat { path: path.clone(), format }),
+    }
+}
+
+fn raw(options: &OpenOptions, file: FileNode) -> Result<Arc<dyn BlockNode>, OpenError> {
+    if options.snapshot.is_some() {
+        return Err(OpenError::NotQcow2 { path: options.filename.clone(), option: "an internal snapshot" });
+    }
+    if options.format == Format::Auto && !options.read_only {
+        tracing::info!(
+            node = %file.name(),
+            "format not given, probed as raw: writes that put another format's signature into the first sector \
+             will be refused; give the format raw to allow them"
+        );
+    }
+    window(options, Arc::new(file))
+}
+
+/// The part of the node that is to be shown, and the guard of a probed raw image.
+fn window(options: &OpenOptions, node: Arc<dyn BlockNode>) -> Result<Arc<dyn BlockNode>, OpenError> {
+    let path = &options.filename;
+    let len = node.len();
+    let guard = !node.is_format()
+        && options.format == Format::Auto
+        && options.offset < PROBE_LEN as u64
+        && !options.read_only;
+    if options.offset == 0 && options.size.is_none_or(|s| s == len) && !guard {
+        return Ok(node);
+    }
+    let name = node.name().to_owned();
+    let outside =
+        || OpenError::Window { path: path.clone(), offset: options.offset, size: options.size, len };
+    let raw = RawNode::new(&name, node, options.offset, options.size).map_err(|_: Error| outside())?;
+    if raw.is_empty() {
+        return Err(outside());
+    }
+    Ok(if guard { Arc::new(raw.with_probe_guard()) } else { Arc::new(raw) })
 }

@@ -18,6 +18,7 @@
 //!   (`wait`), so no wake-up is lost between threads.
 
 mod backend;
+mod chain;
 mod fault;
 mod file;
 mod flush;
@@ -37,10 +38,11 @@ mod status_cache;
 mod wait;
 
 pub use backend::{BackendStats, BlockBackend, Drained};
+pub use chain::{MAX_DEPTH, backing_of, co_read_header};
 pub use fault::{FaultAction, FaultNode, FaultOps, FaultRule, FaultWhen, HeldOp, RuleId};
 pub use file::{CacheMode, DiscardMode, FileNode, FileOptions};
 pub use flush::FlushGroup;
-pub use graph::{Format, OpenError, OpenOptions, co_open, open};
+pub use graph::{Format, OpenError, OpenOptions, co_open, co_open_qcow2, open};
 pub use lock_bytes::LockMode;
 pub use memory::MemoryNode;
 pub use null::NullNode;
@@ -299,6 +301,20 @@ pub trait BlockNode: Send + Sync {
     /// # Errors
     /// The errno of the failing operation.
     fn co_block_status(&self, offset: u64, len: u64) -> Result<Extent>;
+
+    /// Whether the node interprets a format, so that its bytes say nothing about the file's.
+    fn is_format(&self) -> bool {
+        false
+    }
+
+    /// Ends the use of the node: what it keeps in memory is stored. No request is running, and none comes later.
+    /// Coroutine only; yields.
+    ///
+    /// # Errors
+    /// The errno of what could not be stored.
+    fn co_close(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Prefetches the range (NBD_CMD_CACHE).
     ///

@@ -168,6 +168,14 @@ impl BlockNode for RawNode {
         self.child.co_flush()
     }
 
+    fn co_close(&self) -> Result<()> {
+        self.child.co_close()
+    }
+
+    fn is_format(&self) -> bool {
+        self.child.is_format()
+    }
+
     fn co_block_status(&self, offset: u64, len: u64) -> Result<Extent> {
         self.assert_bounds(offset, len);
         self.child.co_block_status(self.offset + offset, len)

@@ -13,19 +13,21 @@ use std::fmt::Write as _;
 /// Most exports that are asked about one by one (ours: two options each, and servers bound their number).
 const DETAILS_MAX: usize = 1000;
 
-/// Show what an NBD server offers: exports, sizes, flags, block sizes, metadata contexts
+/// Show what an NBD server offers, or what an image is: sizes, flags, block sizes; format, features, snapshots, chain
 ///
 /// With an export name in the URI, tells about that export. Without one, about every export that the server
 /// lists (or about the default export, if it does not list them).
 ///
+/// With the path of an image, tells its format, sizes, features, snapshots, bitmaps and backing chain. No lock is taken.
+///
 /// Exits with 0 when the server answered and the export is there, with 1 when not: fit for a health check.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  conbd inspect nbd://localhost/\n  conbd inspect 'nbd+unix:///disk?socket=/run/disk.sock' --json"
+    after_help = "Examples:\n  conbd inspect nbd://localhost/\n  conbd inspect 'nbd+unix:///disk?socket=/run/disk.sock' --json\n  conbd inspect disk.qcow2"
 )]
 pub(crate) struct InspectArgs {
     /// The server: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`; with TLS `nbds:` and
-    /// `nbds+unix:`, and the parameters tls-certificates=DIR, tls-psk-file=FILE, tls-hostname=NAME
+    /// `nbds+unix:`, and the parameters tls-certificates=DIR, tls-psk-file=FILE, tls-hostname=NAME; or an image file
     uri: String,
 
     /// Print a JSON object
@@ -49,6 +51,9 @@ struct Report {
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<u8, Failure> {
+    if !args.uri.contains("://") {
+        return super::image::run(std::path::Path::new(&args.uri), args.json);
+    }
     let uri: Uri = args.uri.parse().map_err(Failure::usage)?;
     let asked = uri.clone();
     let report = run_coroutine(move || co_inspect(&asked))

@@ -4,17 +4,17 @@
 //! next. Runs on the main thread.
 
 mod bench;
+mod check;
+mod create;
 mod drive;
+mod image;
 mod inspect;
 mod man;
 mod serve;
 
-use crate::aio::{AioConfig, AioContext};
-use crate::co::Coroutine;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::io::Write as _;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
 
 /// Done.
 pub const EXIT_OK: u8 = 0;
@@ -27,7 +27,7 @@ pub const EXIT_VERIFY: u8 = 3;
 /// `serve` was stopped before everything in flight was finished and flushed.
 pub const EXIT_CUT: u8 = 4;
 
-/// Network block device server: serves raw images over NBD on several threads.
+/// Network block device server: serves raw and qcow2 images over NBD on several threads.
 #[derive(Debug, Parser)]
 #[command(
     name = "conbd",
@@ -35,7 +35,7 @@ pub const EXIT_CUT: u8 = 4;
     propagate_version = true,
     subcommand_required = true,
     arg_required_else_help = true,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 bench --verify found wrong data,\n\
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 3 bench --verify found wrong data\n(check: 2 corrupt, 3 leaks),\n\
                   4 serve was stopped before everything in flight was finished and flushed."
 )]
 struct Cli {
@@ -48,6 +48,9 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     Bench(bench::BenchArgs),
     Inspect(inspect::InspectArgs),
+    Check(check::CheckArgs),
+    Create(create::CreateArgs),
+    Resize(create::ResizeArgs),
     #[command(hide = true)]
     GenMan(man::GenManArgs),
 }
@@ -85,24 +88,7 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Runs `f` in a coroutine on an AioContext of the calling thread, until it is done.
-pub(crate) fn run_coroutine<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
-    let context = AioContext::new(AioConfig { name: "main".to_owned(), ..AioConfig::default() })?;
-    let result = Arc::new(Mutex::new(None));
-    let slot = Arc::clone(&result);
-    let take = move |slot: &Mutex<Option<T>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-    Coroutine::new(move || {
-        let value = f();
-        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
-    })
-    .schedule(&context);
-    let mut value = None;
-    context.poll_until(|| {
-        value = take(&result);
-        value.is_some()
-    });
-    Ok(value.expect("poll_until returns when there is a value"))
-}
+pub(crate) use crate::co::run_to_end as run_coroutine;
 
 /// Writes to stdout. A reader that has gone away (`| head`) is no failure.
 pub(crate) fn write_out(text: &str) -> Result<(), Failure> {
@@ -137,6 +123,9 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Create(args) => create::create(&args),
+        Command::Resize(args) => create::resize(&args),
         Command::GenMan(args) => man::run(&args),
     };
     match outcome {

@@ -19,6 +19,7 @@ mod io;
 mod mutex;
 mod mutex_core;
 mod queue;
+mod run;
 mod rwlock;
 mod sleep;
 mod stream;
@@ -28,6 +29,7 @@ pub use coroutine::{Coroutine, CoroutineBuilder, Outcome, co_reschedule_self, co
 pub use io::{co_fallocate, co_fsync, co_preadv, co_pwritev, co_run_blocking};
 pub use mutex::{CoMutex, CoMutexGuard, CoMutexStats};
 pub use queue::{CoQueue, Relock};
+pub use run::run_to_end;
 pub use rwlock::{CoRwLock, CoRwLockReadGuard, CoRwLockWriteGuard};
 pub use sleep::{CoSleep, co_sleep_ns, co_timeout};
 pub use stream::{CoStream, co_yield_until_fd_readable, co_yield_until_fd_writable};

@@ -226,7 +226,7 @@ fn errors_name_what_and_where_and_the_next_step() {
     let mut bytes = b"QFI\xfb\0\0\0\x03".to_vec();
     bytes.resize(65_536, 0);
     std::fs::write(&qcow2, bytes).unwrap();
-    refused_quietly(&[text(&qcow2)], &["looks like", "format raw"]);
+    refused_quietly(&[text(&qcow2)], &["q.qcow2", "cluster_bits (bytes 20-23)"]);
     refused_quietly(&[text(&disk), "--offset", "2M"], &["is not inside"]);
 
     let serving = Serving::start(&[text(&disk), "--listen", "127.0.0.1:0"], 1);

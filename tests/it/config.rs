@@ -126,7 +126,7 @@ fn every_wrong_value_is_refused_with_its_place_and_advice() {
     refused(&long, "3:8", &["4097 bytes", "4096"]);
     refused("[[export]]\nimage = 'a'\ndescription = \"a\\u0000b\"\n", "3:15", &["NUL"]);
     refused("[[export]]\nimage = 'a'\nsize = 0\n", "3:8", &["size is 0"]);
-    refused("[[export]]\nimage = 'a'\nformat = 'qcow2'\n", "3:10", &["unknown variant `qcow2`", "`raw`"]);
+    refused("[[export]]\nimage = 'a'\nformat = 'vmdk'\n", "3:10", &["unknown variant `vmdk`", "`raw`"]);
     refused("[[export]]\nimage = 'a'\ncache = 'fast'\n", "3:9", &["unknown variant `fast`", "`writeback`"]);
     refused("[server\n", "1:8", &["conbd.toml(5)"]);
     refused("ä = 1\n", "1:1", &[]);

@@ -38,5 +38,6 @@ mod nbd_transmission;
 mod pki;
 mod qcow2_node;
 mod qcow2_races;
+mod qcow2_tools;
 mod support;
 mod tidy;

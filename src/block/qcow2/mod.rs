@@ -6,6 +6,8 @@
 //!   claims.rs    who may change which guest clusters    alloc.rs, refcounts.rs   host clusters, quarantine
 //!   commit.rs    what becomes durable in which order    compressed.rs, inflate.rs   compressed clusters
 //!   entry.rs, fields.rs, error.rs, header.rs, snapshot.rs, bitmap.rs   what the bytes mean (pure)
+//!   bitmaps.rs   persistent dirty bitmaps       create.rs   new images
+//!   check.rs     what is wrong with an image that nobody uses, and repair
 //! ```
 //! What holds at every moment, on the disk as after a power loss:
 //! - I1: a durable pointer has a durable refcount of at least 1 and durable content behind it;
@@ -17,9 +19,12 @@
 
 mod alloc;
 pub mod bitmap;
+mod bitmaps;
+pub mod check;
 mod claims;
 mod commit;
 mod compressed;
+pub mod create;
 pub mod entry;
 mod epoch;
 mod error;
@@ -37,6 +42,7 @@ pub mod snapshot;
 mod write;
 mod zero;
 
+pub use bitmaps::Bitmaps;
 #[doc(hidden)]
 pub use commit::Sabotage;
 pub use error::FormatError;

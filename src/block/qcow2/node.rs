@@ -604,6 +604,14 @@ impl BlockNode for Qcow2Node {
         &self.name
     }
 
+    fn is_format(&self) -> bool {
+        true
+    }
+
+    fn co_close(&self) -> Result<()> {
+        Qcow2Node::co_close(self)
+    }
+
     fn len(&self) -> u64 {
         self.len.load(Ordering::SeqCst)
     }
