@@ -8,7 +8,7 @@ CONTAINER ?= $(firstword $(foreach e,docker podman buildah,$(if $(shell command 
 IMAGE ?= conbd:latest
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test build-deps test-deps test-kernel quick fmt lint doc man bench bench-micro docker clean
+.PHONY: help build run test build-deps test-deps test-kernel quick fuzz checklist fmt lint doc man bench bench-micro docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ test-deps: build-deps ## Install the clients that the tests drive (apt, as root)
 
 quick: build-deps ## The tests that need no other program
 	$(CARGO) test --locked --lib --bins --test it
+
+SECONDS ?= 60
+fuzz: build-deps ## Mutate dialogues of real clients for SECONDS (60) and see what the NBD code makes of them
+	CONBD_FUZZ_SECONDS=$(SECONDS) $(CARGO) test --locked --test it nbd_fuzz -- --nocapture
+
+checklist: build-deps ## Write docs/protocol.md from tests/it/nbd_checklist.rs
+	CONBD_WRITE_CHECKLIST=1 $(CARGO) test --locked --test it nbd_checklist
 
 fmt: ## Format the code
 	$(CARGO) fmt --all

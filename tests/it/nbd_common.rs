@@ -358,6 +358,33 @@ impl Raw {
         }
     }
 
+    /// Reads whatever comes until the server closes; panics when it does not.
+    #[track_caller]
+    pub(crate) fn drain(&mut self) {
+        let mut rest = Vec::new();
+        if let Err(e) = self.s.read_to_end(&mut rest) {
+            let gone = matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+            assert!(gone, "the server closes: {e}");
+        }
+    }
+
+    /// Closes our side for writing only, if the server has not closed already.
+    pub(crate) fn half_close_lossy(&mut self) {
+        let _ = self.s.shutdown(std::net::Shutdown::Write); // the server may have hung up
+    }
+
+    /// Reads one option reply, whatever the option.
+    pub(crate) fn recv_any_rep(&mut self) -> (u32, u32) {
+        let h = OptionReplyHeader::decode(&self.array()).unwrap();
+        self.recv(h.len as usize);
+        (h.option, h.reply_type)
+    }
+
+    /// Notes the offset that chunks of a cookie have to echo, for a request that was sent as bytes.
+    pub(crate) fn expect_offset(&mut self, cookie: u64, offset: u64) {
+        self.offsets.insert(cookie, offset);
+    }
+
     /// Closes our side for writing only.
     pub(crate) fn half_close(&mut self) {
         self.s.shutdown(std::net::Shutdown::Write).unwrap();

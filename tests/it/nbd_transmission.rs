@@ -36,7 +36,7 @@ fn both(t: &TestServer, f: impl Fn(&mut Raw)) {
 }
 
 #[test]
-fn verdicts_on_bounds_flags_and_permissions() {
+fn verdicts_on_bounds_flags_and_permissions_114_117_118_120_127_133_134_136_141_143_150_161() {
     let t = TestServer::unix(vec![memory("", SIZE)]);
     let end = SIZE;
     // (checklist number, command, flags, offset, length, error)
