@@ -10,7 +10,7 @@ matrix!(verify_on_one_connection, verify_on_four_connections);
 const SHARE: u64 = 8 << 20;
 
 /// Writes and verifies with `jobs` connections at once, each on its own part of the disk.
-fn write_and_verify(server: &Server, jobs: u64) {
+pub(crate) fn write_and_verify(server: &Server, jobs: u64) {
     let random = ["--rw=randrw", "--rwmixread=30", "--bsrange=512-64k", "--bs_unaligned=1"];
     verify(server, jobs, &random);
 }

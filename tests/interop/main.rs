@@ -26,6 +26,7 @@ mod hostile;
 mod libnbd;
 mod locks;
 mod options;
+mod qcow2_fio;
 mod qemu;
 mod shutdown;
 mod tls;
