@@ -23,6 +23,8 @@ pub const DEFAULT_LISTEN: &str = "127.0.0.1:10809";
 pub const DEFAULT_IOTHREADS_MAX: usize = 8;
 /// Most IOThreads that may be asked for (ours).
 pub const IOTHREADS_MAX: usize = 256;
+/// Most connections that may be allowed (ours).
+pub const CONNECTIONS_MAX: usize = 1_000_000;
 /// Longest unix socket path that the kernel takes, in bytes (unix(7): `sun_path` less its NUL).
 pub const SOCKET_PATH_MAX: usize = 107;
 
@@ -271,14 +273,29 @@ pub struct Config {
     pub log: LogConfig,
     /// At least one, names unique.
     pub exports: Vec<ExportConfig>,
+    /// What a run does besides serving.
+    pub run: RunConfig,
     /// Remarks for the log: what was overridden and may surprise.
     pub notes: Vec<String>,
+}
+
+/// What a run does besides serving: flags only.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RunConfig {
+    /// Serve the one client at stdin and stdout.
+    pub stdio: bool,
+    /// End when a client that had chosen an export leaves, and no connection is left.
+    pub exit_after_last: bool,
+    /// Where the process id is written when clients can connect.
+    pub pid_file: Option<PathBuf>,
+    /// Shell command that is run when clients can connect; its end is the daemon's.
+    pub command: Option<String>,
 }
 
 /// `[server]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ServerConfig {
-    /// TCP listeners, `ADDRESS:PORT`; names are resolved when binding.
+    /// TCP listeners, `ADDRESS:PORT`, whose names are resolved when binding; and `vsock:[CID:]PORT`.
     pub listen: Vec<String>,
     /// Unix socket listeners.
     pub socket: Vec<PathBuf>,
@@ -292,9 +309,20 @@ pub struct ServerConfig {
     pub poll_max: Duration,
     /// How long a stop may take before what is left is cut.
     pub shutdown_timeout: Duration,
+    /// Idle time of a TCP connection before its peer is asked whether it is alive; zero: never.
+    pub keepalive: Duration,
+    /// How long sent data may stay unacknowledged before the connection is dropped; zero: the system's default.
+    pub tcp_user_timeout: Duration,
 }
 
 impl ServerConfig {
+    /// Whether the addresses to listen on are those that are taken when nobody names one.
+    #[must_use]
+    pub fn listens_by_default(&self) -> bool {
+        let default = ServerConfig::default();
+        self.listen == default.listen && self.socket == default.socket
+    }
+
     /// The number of IOThreads to start, with the default resolved.
     #[must_use]
     pub fn iothread_count(&self) -> usize {
@@ -315,6 +343,8 @@ impl Default for ServerConfig {
             pool_threads: 16,
             poll_max: Duration::from_micros(100),
             shutdown_timeout: Duration::from_secs(10),
+            keepalive: Duration::from_secs(60),
+            tcp_user_timeout: Duration::from_secs(600),
         }
     }
 }
@@ -324,8 +354,10 @@ impl Default for ServerConfig {
 pub struct LimitsConfig {
     /// Connections at once; further ones are closed at accept.
     pub max_connections: usize,
-    /// Time from accept to the end of the negotiation.
+    /// Time from accept to the end of the negotiation; zero: no limit.
     pub handshake_timeout: Duration,
+    /// A client without a request for this long is dropped; zero: never.
+    pub idle_timeout: Duration,
     /// Connections in negotiation at once; beyond it the oldest is dropped.
     pub max_handshakes: usize,
     /// Requests of one connection being served at once.
@@ -345,6 +377,7 @@ impl Default for LimitsConfig {
         LimitsConfig {
             max_connections: 4096,
             handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::ZERO,
             max_handshakes: 256,
             requests_per_connection: 256,
             requests_total: 16_384,
@@ -454,6 +487,8 @@ pub struct ExportConfig {
     pub bitmaps: Vec<String>,
     /// Offer the metadata context `qemu:allocation-depth`.
     pub allocation_depth: bool,
+    /// Connections at once; 0: no limit but the server's.
+    pub max_connections: usize,
 }
 
 impl ExportConfig {
@@ -478,6 +513,7 @@ impl ExportConfig {
             l2_cache: None,
             bitmaps: Vec::new(),
             allocation_depth: false,
+            max_connections: 0,
         }
     }
 
@@ -554,13 +590,16 @@ struct ServerTable {
     pool_threads: Option<Spanned<usize>>,
     poll_max: Option<Spanned<Span>>,
     shutdown_timeout: Option<Spanned<Span>>,
+    keepalive: Option<Span>,
+    tcp_user_timeout: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct LimitsTable {
     max_connections: Option<Spanned<usize>>,
-    handshake_timeout: Option<Spanned<Span>>,
+    handshake_timeout: Option<Span>,
+    idle_timeout: Option<Span>,
     max_handshakes: Option<Spanned<usize>>,
     requests_per_connection: Option<Spanned<usize>>,
     requests_total: Option<Spanned<usize>>,
@@ -608,6 +647,7 @@ struct ExportTable {
     l2_cache: Option<Size>,
     bitmaps: Option<Vec<String>>,
     allocation_depth: Option<bool>,
+    max_connections: Option<Spanned<usize>>,
 }
 
 /// Flags of `conbd serve`.
@@ -668,7 +708,7 @@ pub struct ServeFlags {
     #[arg(long)]
     pub allocation_depth: bool,
 
-    /// Listen on this TCP address; may repeat; port 0 takes a free one [default: 127.0.0.1:10809, unless --socket is given]
+    /// Listen on this TCP address, or on vsock:PORT; may repeat; port 0 takes a free one [default: 127.0.0.1:10809, unless --socket is given]
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Vec<String>,
 
@@ -704,6 +744,37 @@ pub struct ServeFlags {
     /// Users and pre-shared keys, as psktool writes them
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
+    /// Serve one client, at stdin and stdout (a socket or two pipes), and end when it leaves: for inetd and socket units
+    #[arg(long, conflicts_with_all = ["listen", "socket"])]
+    pub stdio: bool,
+
+    /// End when the last client leaves (connections that chose no export do not count)
+    #[arg(long)]
+    pub exit_after_last: bool,
+
+    /// Write the process id to this file when clients can connect; it is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+
+    /// Run this shell command when clients can connect, with the URI as $uri, and stop when it ends, with its exit code
+    #[arg(long, value_name = "COMMAND", conflicts_with = "stdio")]
+    pub run: Option<String>,
+
+    /// Connections at once, to all exports [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub max_connections: Option<usize>,
+
+    /// Connections at once to each export; 0 means no limit [default: 0]
+    #[arg(long, value_name = "N")]
+    pub export_max_connections: Option<usize>,
+
+    /// Time that a client has to negotiate, such as 10s; 0s means no limit [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    pub handshake_timeout: Option<Span>,
+
+    /// Drop clients that make no request for this long; 0s means never [default: 0s]
+    #[arg(long, value_name = "TIME")]
+    pub idle_timeout: Option<Span>,
 
     /// Threads that serve connections [default: one per CPU, at most 8]
     #[arg(long, value_name = "N")]
@@ -797,6 +868,7 @@ impl Config {
                 tls: TlsConfig::default(),
                 log: LogConfig::default(),
                 exports: Vec::new(),
+                run: RunConfig::default(),
                 notes: Vec::new(),
             },
             Some(path) => {
@@ -829,6 +901,7 @@ impl Config {
             log: check_log(&source, table.log)?,
             exports: check_exports(&source, base, table.export)?,
             tls,
+            run: RunConfig::default(),
             notes: Vec::new(),
         })
     }
@@ -849,6 +922,24 @@ impl Config {
             }
             self.server.listen.clone_from(&flags.listen);
             self.server.socket.clone_from(&flags.socket);
+        }
+        self.run = RunConfig {
+            stdio: flags.stdio,
+            exit_after_last: flags.exit_after_last,
+            pid_file: flags.pid_file.clone(),
+            command: flags.run.clone(),
+        };
+        if let Some(n) = flags.max_connections {
+            if !(1..=CONNECTIONS_MAX).contains(&n) {
+                return flag_error(format!("--max-connections {n}: it must be 1 to {CONNECTIONS_MAX}"));
+            }
+            self.limits.max_connections = n;
+        }
+        if let Some(timeout) = flags.handshake_timeout {
+            self.limits.handshake_timeout = timeout.0;
+        }
+        if let Some(timeout) = flags.idle_timeout {
+            self.limits.idle_timeout = timeout.0;
         }
         if let Some(n) = flags.iothreads {
             if n > IOTHREADS_MAX {
@@ -911,6 +1002,7 @@ impl Config {
             export.backing_probe |= flags.allow_backing_probe;
             export.l2_cache = flags.l2_cache.or(export.l2_cache);
             export.allocation_depth |= flags.allocation_depth;
+            export.max_connections = flags.export_max_connections.unwrap_or(export.max_connections);
         }
         self.apply_tls(flags)?;
         if self.exports.is_empty() {
@@ -1022,6 +1114,8 @@ fn check_server(source: &Source<'_>, base: &Path, table: ServerTable) -> Result<
             table.shutdown_timeout,
             default.shutdown_timeout,
         )?,
+        keepalive: table.keepalive.map_or(default.keepalive, |v| v.0),
+        tcp_user_timeout: table.tcp_user_timeout.map_or(default.tcp_user_timeout, |v| v.0),
     })
 }
 
@@ -1040,13 +1134,10 @@ fn check_limits(source: &Source<'_>, table: LimitsTable) -> Result<LimitsConfig,
             "max_connections",
             table.max_connections,
             default.max_connections,
-            1..=1_000_000,
+            1..=CONNECTIONS_MAX,
         )?,
-        handshake_timeout: source.nonzero_span(
-            "handshake_timeout",
-            table.handshake_timeout,
-            default.handshake_timeout,
-        )?,
+        handshake_timeout: table.handshake_timeout.map_or(default.handshake_timeout, |v| v.0),
+        idle_timeout: table.idle_timeout.map_or(default.idle_timeout, |v| v.0),
         max_handshakes: source.number(
             "max_handshakes",
             table.max_handshakes,
@@ -1131,6 +1222,8 @@ fn check_exports(
             }
             export.size = Some(*size.get_ref());
         }
+        export.max_connections =
+            source.number("max_connections", table.max_connections, 0, 0..=CONNECTIONS_MAX)?;
         export.format = table.format.unwrap_or_default();
         export.read_only = table.read_only.unwrap_or(false);
         export.cache = table.cache.unwrap_or_default();
@@ -1173,9 +1266,29 @@ pub fn check_filter(filter: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Parses `vsock:PORT` and `vsock:CID:PORT`: context id (`u32::MAX`: all) and port. None: it is another kind of address.
+///
+/// # Errors
+/// What is wrong with the numbers.
+#[must_use]
+pub fn parse_vsock(listen: &str) -> Option<Result<(u32, u32), String>> {
+    let rest = listen.strip_prefix("vsock:")?;
+    let (cid, port) = rest.rsplit_once(':').unwrap_or(("", rest));
+    let number = |text: &str, what: &str| {
+        let error =
+            |_| format!("the vsock {what} \"{text}\" is no number; write vsock:PORT or vsock:CID:PORT");
+        text.parse::<u32>().map_err(error)
+    };
+    let cid = if cid.is_empty() { Ok(u32::MAX) } else { number(cid, "context id") };
+    Some(cid.and_then(|cid| Ok((cid, number(port, "port")?))))
+}
+
 /// Checks the form of `ADDRESS:PORT`; names are resolved later.
 fn check_listen(listen: &str) -> Result<(), String> {
     const FORM: &str = "write ADDRESS:PORT, such as 127.0.0.1:10809, [::1]:10809 or 0.0.0.0:10809";
+    if let Some(vsock) = parse_vsock(listen) {
+        return vsock.map(drop);
+    }
     if listen.parse::<std::net::SocketAddr>().is_ok() {
         return Ok(());
     }
@@ -1315,6 +1428,21 @@ mod tests {
         assert_eq!(ours.bytes_total.0, theirs.total_bytes);
         assert_eq!(ours.requests_total, theirs.total_requests as usize);
         assert_eq!(ours.stall_timeout, theirs.stall_timeout);
+        assert_eq!(ours.idle_timeout, theirs.idle_timeout);
+        let ours = ServerConfig::default();
+        assert_eq!(ours.keepalive, theirs.keepalive);
+        assert_eq!(ours.tcp_user_timeout, theirs.tcp_user_timeout);
+    }
+
+    #[test]
+    fn vsock_addresses_are_told_from_names() {
+        assert_eq!(parse_vsock("vsock:10809"), Some(Ok((u32::MAX, 10809))));
+        assert_eq!(parse_vsock("vsock:1:7"), Some(Ok((1, 7))));
+        assert_eq!(parse_vsock("vsockhost:1"), None);
+        for bad in ["vsock:", "vsock:x", "vsock:1:", "vsock::x", "vsock:4294967296"] {
+            let why = check_listen(bad).expect_err(bad);
+            assert!(why.contains("vsock"), "{why}");
+        }
     }
 
     #[test]

@@ -7,7 +7,10 @@
 //! 2. logging (its thread is the first);
 //! 3. the main thread's AioContext, and the IOThreads;
 //! 4. images are opened, in the order of the configuration;
-//! 5. listeners are bound, connections accepted; the URIs go to stdout.
+//! 5. listeners are bound (those that systemd passed are taken), connections accepted; the URIs go to stdout, `READY=1` to
+//!    the supervisor, the pid file is written, `--run`'s command started.
+//!
+//! [`Service`] is the part that does not depend on the configuration file: `conbd qemu-nbd` makes one of its own options.
 //!
 //! Then the main thread polls its context: it accepts, and hears signals as an ordinary fd handler. It works as
 //! PID 1 of a container: every signal that it cares about is handled explicitly, and orphans that become its children are
@@ -18,25 +21,30 @@
 //! locks released; the log is drained. A second signal, or a thread that is still stuck well after the timeout, ends
 //! the process at once with [`EXIT_AT_ONCE`].
 
+use crate::aio::engine::EngineChoice;
 use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig};
 use crate::block::qcow2::SnapshotSel;
 use crate::block::{self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions};
 use crate::co;
-use crate::config::{Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, check_filter};
+use crate::config::{
+    Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, check_filter, parse_vsock,
+};
 use crate::nbd::access::TlsMode;
 use crate::nbd::client::{Uri, UriTls};
 use crate::nbd::export::{Export, ExportError, ExportOptions, ExportTable};
 use crate::nbd::proto::{NBD_CMD_READ, NBD_CMD_WRITE};
-use crate::nbd::server::{ListenAddr, NbdStats, Server, ServerConfig, ServerError, ServerTls};
+use crate::nbd::server::{EndWhen, ListenAddr, NbdStats, Server, ServerConfig, ServerError, ServerTls};
 use crate::nbd::tls::{TlsError, TlsServerConfig};
 use crate::telemetry::{self, LogGuard};
 use crate::util::fast::FastPaths;
-use crate::util::sys;
+use crate::util::{sys, systemd};
 use std::io::{self, Write as _};
 use std::net::ToSocketAddrs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tracing::{debug, error, info, warn};
 
@@ -52,6 +60,8 @@ pub enum Outcome {
     Complete,
     /// The deadline cut connections, or a final flush failed.
     Cut,
+    /// As `Complete`, at the end of `--run`'s command, which had this exit code.
+    Command(u8),
 }
 
 /// Why the daemon cannot start.
@@ -99,6 +109,17 @@ pub enum DaemonError {
     /// Stdout.
     #[error("cannot write to stdout: {0}")]
     Stdout(io::Error),
+    /// Sockets that were passed, or stdin and stdout as a connection.
+    #[error("{0}")]
+    Passed(String),
+    /// The pid file.
+    #[error("cannot write the pid file {}: {source}; choose another with --pid-file", path.display())]
+    PidFile {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
 }
 
 fn system(doing: &'static str) -> impl Fn(io::Error) -> DaemonError {
@@ -146,20 +167,32 @@ pub fn check(config: &Config) -> Result<Outcome, DaemonError> {
     Ok(Outcome::Complete)
 }
 
-/// Serves until a signal ends it. Must be called before the process has another thread.
+/// Takes the process's signals as a descriptor, and ignores those that are errors of system calls here. Must be called
+/// before the process has another thread. `reap`: as PID 1, let the kernel reap orphans; then nobody can wait for a child.
 ///
 /// # Errors
-/// Whatever keeps it from starting; a running daemon does not fail.
-pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
+/// What the system reports.
+pub fn take_signals(reap: bool) -> Result<OwnedFd, DaemonError> {
     let signals = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1];
     let signal_fd = sys::signal_fd(&signals).map_err(system("set up signals"))?;
     for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
         sys::ignore_signal(signal).map_err(system("set up signals"))?;
     }
-    if std::process::id() == 1 {
+    if reap && std::process::id() == 1 {
         // Orphans of a container become our children; with SIGCHLD ignored the kernel reaps them.
         sys::ignore_signal(libc::SIGCHLD).map_err(system("set up signals"))?;
     }
+    Ok(signal_fd)
+}
+
+/// Serves until a signal ends it. Must be called before the process has another thread.
+///
+/// # Errors
+/// Whatever keeps it from starting; a running daemon does not fail.
+pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
+    let passed = systemd::take_sockets().map_err(DaemonError::Passed)?;
+    let signal_fd = take_signals(config.run.command.is_none())?;
+    let stdio = if config.run.stdio { Some(Stdio::take()?) } else { None };
     let files = sys::raise_nofile_limit();
     let level = match telemetry::env_filter() {
         None => config.log.level.clone(),
@@ -188,8 +221,119 @@ pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
     }
     let fast = FastPaths::from_env().map_err(DaemonError::Fast)?;
     debug!(?fast, "fast paths");
-    let daemon = Daemon::start(config, &log)?;
-    daemon.run(signal_fd, &log)
+    let server = server_config(config, passed, stdio.as_ref())?;
+    let pid_file = config.run.pid_file.clone();
+    let written = Arc::new(Mutex::new(None));
+    let (kept, quiet) = (Arc::clone(&written), config.run.stdio);
+    let service = Service {
+        threads: Threads {
+            iothreads: config.server.iothread_count(),
+            aio: config.server.aio.into(),
+            pool_threads: config.server.pool_threads,
+            poll_max: config.server.poll_max,
+        },
+        exports: Box::new(|| open_exports(config)),
+        server,
+        grace: config.server.shutdown_timeout,
+        hup_stops: false,
+        command: config.run.command.clone(),
+        ready: Box::new(move |server| {
+            if let Some(path) = &pid_file {
+                *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(PidFile::write(path)?);
+            }
+            if !quiet {
+                print_uris(server)?;
+            }
+            if let Err(error) = systemd::notify("READY=1") {
+                warn!(%error, "the supervisor cannot be told that the server is ready (NOTIFY_SOCKET)");
+            }
+            Ok(())
+        }),
+    };
+    let outcome = service.run(signal_fd, &log);
+    drop(written);
+    if let Some(stdio) = stdio {
+        stdio.finish();
+    }
+    outcome
+}
+
+/// The threads of a service.
+#[derive(Debug, Clone)]
+pub struct Threads {
+    /// IOThreads; at least one.
+    pub iothreads: usize,
+    /// File I/O engine.
+    pub aio: EngineChoice,
+    /// Most worker threads of each IOThread's pool.
+    pub pool_threads: usize,
+    /// Longest busy-poll window.
+    pub poll_max: Duration,
+}
+
+/// Opens the images and makes the exports; blocks.
+pub type OpenExports<'a> = Box<dyn FnOnce() -> Result<Vec<Arc<Export>>, DaemonError> + 'a>;
+/// Called once clients can connect; an error stops the service again.
+pub type OnReady<'a> = Box<dyn FnOnce(&Server) -> Result<(), DaemonError> + 'a>;
+
+/// A server with its threads, from the start to the end: what `serve` and `qemu-nbd` have in common.
+pub struct Service<'a> {
+    /// Threads.
+    pub threads: Threads,
+    /// What is served.
+    pub exports: OpenExports<'a>,
+    /// Where, and with which limits.
+    pub server: ServerConfig,
+    /// How long a stop may take.
+    pub grace: Duration,
+    /// SIGHUP stops, too.
+    pub hup_stops: bool,
+    /// Shell command that is run once clients can connect; its end stops the service.
+    pub command: Option<String>,
+    /// What is done once clients can connect.
+    pub ready: OnReady<'a>,
+}
+
+impl Service<'_> {
+    /// Starts, serves, and stops when a signal says so, or when the server has done its work. `signal_fd` comes from
+    /// [`take_signals`].
+    ///
+    /// # Errors
+    /// Whatever keeps it from starting.
+    pub fn run(self, signal_fd: OwnedFd, log: &Arc<LogGuard>) -> Result<Outcome, DaemonError> {
+        let aio = |name: String| AioConfig {
+            name,
+            engine: self.threads.aio,
+            pool_threads: self.threads.pool_threads,
+            poll: PollConfig {
+                max_ns: u64::try_from(self.threads.poll_max.as_nanos()).unwrap_or(u64::MAX),
+                grow: 0,
+                shrink: 0,
+            },
+            ..AioConfig::default()
+        };
+        // The main loop accepts and hears signals; it does not spin.
+        let main_config = AioConfig { poll: AioConfig::default().poll, ..aio("main".to_owned()) };
+        let main = AioContext::new(main_config).map_err(system("start the main event loop"))?;
+        let mut threads = Vec::new();
+        for i in 0..self.threads.iothreads {
+            let thread =
+                IoThread::spawn(aio(format!("iothread-{i}"))).map_err(system("start an IOThread"))?;
+            threads.push(thread);
+        }
+        info!(
+            iothreads = threads.len(),
+            engine = ?threads.first().map_or(main.engine_kind(), |t| t.context().engine_kind()),
+            asked = ?self.threads.aio,
+            "threads are ready"
+        );
+        let table = ExportTable::new((self.exports)()?, None)?;
+        let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
+        let server = Server::start(self.server, table, contexts, &main)
+            .map_err(|e| DaemonError::Listen(explain(&e)))?;
+        let daemon = Daemon { server, threads, main, grace: self.grace };
+        daemon.run(signal_fd, log, self.hup_stops, self.command, self.ready)
+    }
 }
 
 /// What is alive while the daemon serves. Fields are dropped in this order.
@@ -201,64 +345,15 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(config: &Config, _log: &Arc<LogGuard>) -> Result<Daemon, DaemonError> {
-        let aio = |name: String| AioConfig {
-            name,
-            engine: config.server.aio.into(),
-            pool_threads: config.server.pool_threads,
-            poll: PollConfig {
-                max_ns: u64::try_from(config.server.poll_max.as_nanos()).unwrap_or(u64::MAX),
-                grow: 0,
-                shrink: 0,
-            },
-            ..AioConfig::default()
-        };
-        // The main loop accepts and hears signals; it does not spin.
-        let main_config = AioConfig { poll: AioConfig::default().poll, ..aio("main".to_owned()) };
-        let main = AioContext::new(main_config).map_err(system("start the main event loop"))?;
-        let mut threads = Vec::new();
-        for i in 0..config.server.iothread_count() {
-            let thread =
-                IoThread::spawn(aio(format!("iothread-{i}"))).map_err(system("start an IOThread"))?;
-            threads.push(thread);
-        }
-        info!(
-            iothreads = threads.len(),
-            engine = ?threads.first().map_or(main.engine_kind(), |t| t.context().engine_kind()),
-            asked = ?config.server.aio,
-            "threads are ready"
-        );
-        let mut exports = Vec::new();
-        for export in &config.exports {
-            let backend = open_image(export, false)?;
-            let options = ExportOptions {
-                name: export.name.clone(),
-                description: export.description.clone(),
-                read_only: export.read_only,
-                tls_required: !export.in_the_clear(config.tls.mode()),
-                allow: export.allow.clone(),
-                allocation_depth: export.allocation_depth,
-                bitmaps: export.bitmaps.clone(),
-                ..ExportOptions::default()
-            };
-            let made = Export::new(options, backend)?;
-            info!(
-                export = export.name,
-                image = %export.image.display(),
-                size = made.size(),
-                read_only = made.read_only(),
-                cache = ?export.cache,
-                "export is ready"
-            );
-            exports.push(made);
-        }
-        let table = ExportTable::new(exports, None)?;
-        let server = start_server(config, table, &threads, &main)?;
-        Ok(Daemon { server, threads, main, grace: config.server.shutdown_timeout })
-    }
-
-    fn run(self, signal_fd: OwnedFd, log: &Arc<LogGuard>) -> Result<Outcome, DaemonError> {
-        let heard = Arc::new(Heard { stops: AtomicU32::new(0) });
+    fn run(
+        self,
+        signal_fd: OwnedFd,
+        log: &Arc<LogGuard>,
+        hup_stops: bool,
+        command: Option<String>,
+        ready: OnReady<'_>,
+    ) -> Result<Outcome, DaemonError> {
+        let heard = Arc::new(Heard { stops: AtomicU32::new(0), hup_stops });
         let signal_fd = Arc::new(signal_fd);
         let contexts: Vec<Arc<AioContext>> = self.threads.iter().map(|t| Arc::clone(t.context())).collect();
         let handler = {
@@ -270,8 +365,19 @@ impl Daemon {
                 })
                 .map_err(system("watch for signals"))?
         };
-        self.print_uris()?;
-        self.main.poll_until(|| heard.stops.load(Ordering::Relaxed) > 0);
+        let command = match ready(&self.server) {
+            Ok(()) => command.map(|command| Command::start(&command, &self.server, &self.main)).transpose(),
+            Err(e) => Err(e),
+        };
+        if let Ok(command) = &command {
+            let ended = || command.as_ref().is_some_and(Command::has_ended);
+            self.main.poll_until(|| {
+                heard.stops.load(Ordering::Relaxed) > 0 || self.server.is_finished() || ended()
+            });
+        }
+        if let Err(error) = systemd::notify("STOPPING=1") {
+            warn!(%error, "the supervisor cannot be told that the server stops (NOTIFY_SOCKET)");
+        }
         let report = self.server.shutdown(self.grace);
         let unclosed = close_images(&self.server);
         self.main.remove_handler(handler);
@@ -280,7 +386,10 @@ impl Daemon {
         log_counters(&self.server, &contexts, "iothread totals");
         let outcome = if report.aborted == 0 && report.flush_failures == 0 && unclosed == 0 {
             info!("stopped: everything was finished and flushed");
-            Outcome::Complete
+            match command.as_ref().ok().and_then(Option::as_ref).and_then(Command::code) {
+                Some(code) => Outcome::Command(code),
+                None => Outcome::Complete,
+            }
         } else {
             error!(
                 connections_cut = report.aborted,
@@ -301,30 +410,196 @@ impl Daemon {
         drop(main);
         log.flush();
         *finished.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        Ok(outcome)
+        command.map(|_| outcome)
+    }
+}
+
+/// The command of `--run`, watched by a thread of its own.
+struct Command {
+    /// Set when it has ended.
+    code: Arc<OnceLock<u8>>,
+}
+
+impl Command {
+    fn start(command: &str, server: &Server, main: &Arc<AioContext>) -> Result<Command, DaemonError> {
+        let uri = uris(server).into_iter().next().map(|uri| uri.to_string()).unwrap_or_default();
+        let mut child = std::process::Command::new("/bin/sh")
+            .args(["-c", command])
+            .env("uri", uri)
+            .spawn()
+            .map_err(system("start the command given to --run"))?;
+        let code = Arc::new(OnceLock::new());
+        let (told, main) = (Arc::clone(&code), Arc::clone(main));
+        let watch = move || {
+            let code = match child.wait() {
+                Ok(status) => status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1),
+                Err(error) => {
+                    error!(%error, "the command given to --run cannot be waited for");
+                    1
+                }
+            };
+            info!(code, "the command given to --run has ended");
+            // Nobody else sets it.
+            let _ = told.set(code);
+            main.notify();
+        };
+        std::thread::Builder::new()
+            .name("run-watch".to_owned())
+            .spawn(watch)
+            .map_err(system("watch the command given to --run"))?;
+        Ok(Command { code })
     }
 
-    /// One line per listener and export, and flushed: the sign that clients can connect.
-    fn print_uris(&self) -> Result<(), DaemonError> {
-        let mut lines = String::new();
-        let table = self.server.exports().snapshot();
-        for export in table.list() {
-            for address in self.server.bound_addrs() {
-                // Credentials are the client's: it adds its own to the URI.
-                let secure = export.tls_required();
-                let uri = match address {
-                    ListenAddr::Tcp(address) => Uri::tcp(*address, export.name()),
-                    ListenAddr::Unix(path) => {
-                        let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-                        Uri::unix(&path, export.name())
-                    }
-                };
-                let uri = if secure { uri.with_tls(UriTls::default()) } else { uri };
-                info!(uri = %uri, "serving");
-                lines.push_str(&format!("{uri}\n"));
-            }
+    fn has_ended(&self) -> bool {
+        self.code.get().is_some()
+    }
+
+    fn code(&self) -> Option<u8> {
+        self.code.get().copied()
+    }
+}
+
+/// The URI of every export at every listener.
+fn uris(server: &Server) -> Vec<Uri> {
+    let table = server.exports().snapshot();
+    let mut all = Vec::new();
+    for export in table.list() {
+        for address in server.bound_addrs() {
+            let uri = match address {
+                ListenAddr::Tcp(address) => Uri::tcp(*address, export.name()),
+                ListenAddr::Vsock { cid, port } => Uri::vsock(*cid, *port, export.name()),
+                // An abstract name has no folder that it could be relative to.
+                ListenAddr::Unix(path) if path.as_os_str().as_encoded_bytes().starts_with(b"\0") => {
+                    Uri::unix(path, export.name())
+                }
+                ListenAddr::Unix(path) => {
+                    let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                    Uri::unix(&path, export.name())
+                }
+            };
+            // Credentials are the client's: it adds its own to the URI.
+            all.push(if export.tls_required() { uri.with_tls(UriTls::default()) } else { uri });
         }
-        write_stdout(&lines)
+    }
+    all
+}
+
+/// One line per listener and export, and flushed: the sign that clients can connect.
+fn print_uris(server: &Server) -> Result<(), DaemonError> {
+    let mut lines = String::new();
+    for uri in uris(server) {
+        info!(uri = %uri, "serving");
+        lines.push_str(&format!("{uri}\n"));
+    }
+    write_stdout(&lines)
+}
+
+/// A file with our process id, removed on drop if it is still ours.
+pub struct PidFile {
+    path: PathBuf,
+    /// Device and inode.
+    file: (u64, u64),
+}
+
+impl PidFile {
+    /// Writes it, in the place of one that is there.
+    ///
+    /// # Errors
+    /// [`DaemonError::PidFile`].
+    pub fn write(path: &Path) -> Result<PidFile, DaemonError> {
+        let failed = |source| DaemonError::PidFile { path: path.to_owned(), source };
+        // The daemon may change its folder before it removes the file.
+        let path = std::path::absolute(path).map_err(failed)?;
+        let mut file = std::fs::File::create(&path).map_err(failed)?;
+        writeln!(file, "{}", std::process::id()).map_err(failed)?;
+        let meta = file.metadata().map_err(failed)?;
+        Ok(PidFile { path, file: (meta.dev(), meta.ino()) })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.file);
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            warn!(path = %self.path.display(), %error, "cannot remove the pid file");
+        }
+    }
+}
+
+/// Stdin and stdout as a connection. Descriptors 0 and 1 are nothing but /dev/null from then on, and so is 2 if it was the
+/// same socket (inetd): what is logged must not get into the client's stream.
+struct Stdio {
+    connection: Arc<OwnedFd>,
+    /// Copies between two pipes and the other end of `connection`; one for each way.
+    pumps: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Stdio {
+    fn take() -> Result<Stdio, DaemonError> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |e: io::Error| {
+                DaemonError::Passed(format!(
+                    "--stdio: {what}: {e}; stdin and stdout must be a socket, or two pipes"
+                ))
+            }
+        };
+        let input = sys::dup_std(0).map_err(failed("stdin"))?;
+        let output = sys::dup_std(1).map_err(failed("stdout"))?;
+        let kind = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino, stat.st_mode));
+        let of_input = kind(&input).map_err(|e| failed("stdin")(e.into()))?;
+        let of_output = kind(&output).map_err(|e| failed("stdout")(e.into()))?;
+        let null =
+            std::fs::File::options().read(true).write(true).open("/dev/null").map_err(failed("/dev/null"))?;
+        for number in 0..2 {
+            sys::replace_std(number, &null).map_err(failed("/dev/null"))?;
+        }
+        let errors = sys::dup_std(2).ok().and_then(|fd| kind(&fd).ok());
+        if errors.is_none_or(|stderr| stderr == of_input || stderr == of_output) {
+            sys::replace_std(2, &null).map_err(failed("/dev/null"))?;
+        }
+        let file_type = |mode| rustix::fs::FileType::from_raw_mode(mode);
+        match (file_type(of_input.2), file_type(of_output.2)) {
+            (rustix::fs::FileType::Socket, _) => {
+                Ok(Stdio { connection: Arc::new(input), pumps: Vec::new() })
+            }
+            (rustix::fs::FileType::Fifo, rustix::fs::FileType::Fifo) => Stdio::over_pipes(input, output)
+                .map_err(failed("pipes")),
+            _ => Err(DaemonError::Passed(
+                "--stdio: stdin is neither a socket nor a pipe; let inetd, a socket unit with Accept=yes or a client such as nbdsh start the server"
+                    .to_owned(),
+            )),
+        }
+    }
+
+    /// Two pipes are no connection: two threads make one of them.
+    fn over_pipes(input: OwnedFd, output: OwnedFd) -> io::Result<Stdio> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let copy = |mut from: Box<dyn io::Read + Send>, mut to: Box<dyn io::Write + Send>| {
+            // The end of either side ends the other; how it ended makes no difference to anybody.
+            move || drop(io::copy(&mut from, &mut to))
+        };
+        let half = theirs.try_clone()?;
+        let mut inward = copy(Box::new(std::fs::File::from(input)), Box::new(theirs.try_clone()?));
+        let inward = move || {
+            inward();
+            // The client has sent its last byte; it may still read.
+            let _ = half.shutdown(std::net::Shutdown::Write);
+        };
+        let outward = copy(Box::new(theirs), Box::new(std::fs::File::from(output)));
+        // Not joined: it may wait for a client that never closes its end, and the process ends all the same.
+        std::thread::Builder::new().name("stdin".to_owned()).spawn(inward)?;
+        let outward = std::thread::Builder::new().name("stdout".to_owned()).spawn(outward)?;
+        Ok(Stdio { connection: Arc::new(ours.into()), pumps: vec![outward] })
+    }
+
+    /// Waits until the last reply has gone into the pipe. The server has closed its end.
+    fn finish(self) {
+        drop(self.connection);
+        for pump in self.pumps {
+            // A panic of it has been printed.
+            let _ = pump.join();
+        }
     }
 }
 
@@ -361,6 +636,7 @@ fn write_stdout(text: &str) -> Result<(), DaemonError> {
 /// What the signal handler tells the main loop.
 struct Heard {
     stops: AtomicU32,
+    hup_stops: bool,
 }
 
 /// Handles the signals that are pending. Runs on the main thread, from its event loop.
@@ -376,12 +652,16 @@ fn on_signals(fd: &OwnedFd, heard: &Heard, log: &LogGuard, server: &Server, cont
         };
         match signal.signo {
             libc::SIGUSR1 => log_counters(server, contexts, "iothread counters"),
-            libc::SIGHUP => warn!(
+            libc::SIGHUP if !heard.hup_stops => warn!(
                 pid = signal.pid,
                 "SIGHUP: reloading is not supported yet; restart to apply a changed configuration"
             ),
             signo => {
-                let name = if signo == libc::SIGINT { "SIGINT" } else { "SIGTERM" };
+                let name = match signo {
+                    libc::SIGINT => "SIGINT",
+                    libc::SIGHUP => "SIGHUP",
+                    _ => "SIGTERM",
+                };
                 if heard.stops.fetch_add(1, Ordering::Relaxed) > 0 {
                     end_at_once(name, log);
                 }
@@ -473,17 +753,20 @@ fn log_counters(server: &Server, contexts: &[Arc<AioContext>], message: &'static
     }
 }
 
-/// Resolves `ADDRESS:PORT`; a name may have several addresses.
+/// Resolves `ADDRESS:PORT`, whose name may have several addresses, or `vsock:[CID:]PORT`.
 fn resolve(listen: &str) -> Result<Vec<ListenAddr>, DaemonError> {
+    let refused = |why: String| DaemonError::Listen(format!("cannot listen on {listen}: {why}"));
+    if let Some(vsock) = parse_vsock(listen) {
+        let (cid, port) = vsock.map_err(refused)?;
+        return Ok(vec![ListenAddr::Vsock { cid, port }]);
+    }
     let addresses: Vec<ListenAddr> = listen
         .to_socket_addrs()
-        .map_err(|e| {
-            DaemonError::Listen(format!("cannot listen on {listen}: {e}; check the address given to listen"))
-        })?
+        .map_err(|e| refused(format!("{e}; check the address given to listen")))?
         .map(ListenAddr::Tcp)
         .collect();
     if addresses.is_empty() {
-        return Err(DaemonError::Listen(format!("cannot listen on {listen}: the name has no address")));
+        return Err(refused("the name has no address".to_owned()));
     }
     Ok(addresses)
 }
@@ -513,25 +796,22 @@ fn load_tls(config: &Config) -> Result<Option<ServerTls>, TlsError> {
     Ok(Some(ServerTls { mode, config: credentials, authz: None }))
 }
 
-fn start_server(
+/// What the server is to do, by the configuration and by what was passed to us.
+fn server_config(
     config: &Config,
-    table: Arc<ExportTable>,
-    threads: &[IoThread],
-    main: &Arc<AioContext>,
-) -> Result<Arc<Server>, DaemonError> {
-    let mut listen = Vec::new();
-    for address in &config.server.listen {
-        listen.extend(resolve(address)?);
-    }
-    listen.extend(config.server.socket.iter().cloned().map(ListenAddr::Unix));
+    passed: Vec<systemd::Passed>,
+    stdio: Option<&Stdio>,
+) -> Result<ServerConfig, DaemonError> {
     let tls = load_tls(config)?;
     for note in tls.iter().flat_map(|tls| tls.config.notes()) {
         warn!(note, "TLS");
     }
-    warn_of_the_clear(config, &listen);
     let limits = &config.limits;
-    let server_config = ServerConfig {
-        listen,
+    let mut server = ServerConfig {
+        keepalive: config.server.keepalive,
+        tcp_user_timeout: config.server.tcp_user_timeout,
+        idle_timeout: limits.idle_timeout,
+        end_when: if config.run.exit_after_last { EndWhen::LastClientLeaves } else { EndWhen::Told },
         handshake_timeout: limits.handshake_timeout,
         max_half_open: limits.max_handshakes,
         max_connections: limits.max_connections,
@@ -541,9 +821,76 @@ fn start_server(
         total_requests: u32::try_from(limits.requests_total).unwrap_or(u32::MAX),
         stall_timeout: limits.stall_timeout,
         tls,
+        ..ServerConfig::default()
     };
-    let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
-    Server::start(server_config, table, contexts, main).map_err(|e| DaemonError::Listen(explain(&e)))
+    if let Some(stdio) = stdio {
+        server.connections.push(Arc::clone(&stdio.connection));
+        server.end_when = EndWhen::LastConnectionEnds;
+        return Ok(server);
+    }
+    add_passed(&mut server, passed)?;
+    let only_passed = !(server.inherited.is_empty() && server.connections.is_empty());
+    if only_passed && config.server.listens_by_default() {
+        return Ok(server);
+    }
+    for address in &config.server.listen {
+        server.listen.extend(resolve(address)?);
+    }
+    server.listen.extend(config.server.socket.iter().cloned().map(ListenAddr::Unix));
+    warn_of_the_clear(config, &server.listen);
+    Ok(server)
+}
+
+/// Adds the sockets that systemd passed: those that listen, and connections (a socket unit with `Accept=yes`), at whose
+/// end the server is done.
+///
+/// # Errors
+/// What cannot be found out about a socket.
+pub fn add_passed(server: &mut ServerConfig, passed: Vec<systemd::Passed>) -> Result<(), DaemonError> {
+    for systemd::Passed { fd, number, name } in passed {
+        let listens = rustix::net::sockopt::socket_acceptconn(&fd).map_err(|e| {
+            DaemonError::Passed(format!("socket activation: descriptor {number}: {}", io::Error::from(e)))
+        })?;
+        info!(fd = number, name, listens, "a socket was passed");
+        match listens {
+            true => server.inherited.push(Arc::new(fd)),
+            false => {
+                server.connections.push(Arc::new(fd));
+                server.end_when = EndWhen::LastConnectionEnds;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Opens the images of the configuration, in its order.
+fn open_exports(config: &Config) -> Result<Vec<Arc<Export>>, DaemonError> {
+    let mut exports = Vec::new();
+    for export in &config.exports {
+        let backend = open_image(export, false)?;
+        let options = ExportOptions {
+            name: export.name.clone(),
+            description: export.description.clone(),
+            read_only: export.read_only,
+            max_connections: (export.max_connections > 0).then_some(export.max_connections),
+            tls_required: !export.in_the_clear(config.tls.mode()),
+            allow: export.allow.clone(),
+            allocation_depth: export.allocation_depth,
+            bitmaps: export.bitmaps.clone(),
+            ..ExportOptions::default()
+        };
+        let made = Export::new(options, backend)?;
+        info!(
+            export = export.name,
+            image = %export.image.display(),
+            size = made.size(),
+            read_only = made.read_only(),
+            cache = ?export.cache,
+            "export is ready"
+        );
+        exports.push(made);
+    }
+    Ok(exports)
 }
 
 /// A listener's error in one line, with what to do about it.

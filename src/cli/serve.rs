@@ -31,6 +31,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     match outcome {
         Ok(daemon::Outcome::Complete) => Ok(super::EXIT_OK),
         Ok(daemon::Outcome::Cut) => Ok(super::EXIT_CUT),
+        Ok(daemon::Outcome::Command(code)) => Ok(code),
         Err(e) => Err(Failure::failed(with_sources(&e))),
     }
 }

@@ -76,6 +76,13 @@ pub enum Address {
     },
     /// A unix socket's path; one that begins with NUL is in the abstract namespace.
     Unix(PathBuf),
+    /// Between a virtual machine and its host.
+    Vsock {
+        /// Context id: 1 this machine, 2 the host.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
 }
 
 impl fmt::Display for Address {
@@ -84,6 +91,7 @@ impl fmt::Display for Address {
             Address::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
             Address::Tcp { host, port } => write!(f, "{host}:{port}"),
             Address::Unix(path) => write!(f, "{}", path.display()),
+            Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
         }
     }
 }
@@ -129,6 +137,13 @@ impl Uri {
         };
         let address = Address::Tcp { host: ip, port: address.port() };
         Uri { address, export: export.to_owned(), tls: None }
+    }
+
+    /// The URI of a vsock listener's export. The address that stands for all is shown as the host's, as guests see it.
+    #[must_use]
+    pub fn vsock(cid: u32, port: u32, export: &str) -> Uri {
+        let cid = if cid == u32::MAX { 2 } else { cid };
+        Uri { address: Address::Vsock { cid, port }, export: export.to_owned(), tls: None }
     }
 
     /// The URI of a unix listener's export.
@@ -207,6 +222,10 @@ impl fmt::Display for Uri {
                 write!(f, "nbd{s}+unix://{user}/{export}?socket={socket}")?;
                 parameters.iter().try_for_each(|parameter| write!(f, "&{parameter}"))
             }
+            Address::Vsock { cid, port } => {
+                write!(f, "nbd{s}+vsock://{user}{cid}:{port}/{export}")?;
+                if parameters.is_empty() { Ok(()) } else { write!(f, "?{}", parameters.join("&")) }
+            }
         }
     }
 }
@@ -278,14 +297,15 @@ impl std::str::FromStr for Uri {
 }
 
 fn parse_uri(text: &str) -> Result<Uri, String> {
-    const FORMS: &str = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH";
+    const FORMS: &str =
+        "write nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH or nbd+vsock://CID[:PORT]/EXPORT";
     let (scheme, rest) = text.split_once(':').ok_or_else(|| format!("no URI; {FORMS}"))?;
-    let (unix, mut tls) = match scheme.to_ascii_lowercase().as_str() {
-        "nbd" => (false, None),
+    let scheme = scheme.to_ascii_lowercase();
+    let (unix, mut tls) = match scheme.as_str() {
+        "nbd" | "nbd+vsock" => (false, None),
         "nbd+unix" => (true, None),
-        "nbds" => (false, Some(UriTls::default())),
+        "nbds" | "nbds+vsock" => (false, Some(UriTls::default())),
         "nbds+unix" => (true, Some(UriTls::default())),
-        "nbd+vsock" | "nbds+vsock" => return Err(format!("vsock is not supported; {FORMS}")),
         other => return Err(format!("unknown scheme \"{other}\"; {FORMS}")),
     };
     let rest =
@@ -339,6 +359,15 @@ fn parse_uri(text: &str) -> Result<Uri, String> {
     }
     if socket.is_some() {
         return Err("socket= needs the scheme nbd+unix:".to_owned());
+    }
+    if scheme.ends_with("+vsock") {
+        let (cid, port) = authority.split_once(':').unwrap_or((authority, ""));
+        let port = if port.is_empty() { Ok(NBD_DEFAULT_PORT.into()) } else { port.parse() };
+        let port = port.map_err(|_| format!("the vsock port is no number; {FORMS}"))?;
+        let cid = cid
+            .parse()
+            .map_err(|_| format!("\"{cid}\" is no vsock context id; it is a number, 2 is the host"))?;
+        return Ok(Uri { address: Address::Vsock { cid, port }, export, tls });
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(v6) => {
@@ -909,6 +938,11 @@ fn connect(address: &Address) -> io::Result<OwnedFd> {
                 return Ok(UnixStream::connect_addr(&address)?.into());
             }
             Ok(UnixStream::connect(path)?.into())
+        }
+        Address::Vsock { cid, port } => {
+            let socket = socket2::Socket::new(socket2::Domain::VSOCK, socket2::Type::STREAM.cloexec(), None)?;
+            socket.connect_timeout(&socket2::SockAddr::vsock(*cid, *port), NEGOTIATION_TIMEOUT)?;
+            Ok(socket.into())
         }
     }
 }

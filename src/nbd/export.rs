@@ -12,6 +12,7 @@ use super::proto::{HeaderStyle, MAX_PAYLOAD, NBD_MAX_STRING, TransmissionFlags};
 use super::wire::BlockSizes;
 use crate::block::{BlockBackend, BlockNode};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// Why an export or a table cannot be made.
@@ -92,6 +93,10 @@ pub struct ExportOptions {
     pub allocation_depth: bool,
     /// Dirty bitmaps of the image to offer as `qemu:dirty-bitmap:NAME`.
     pub bitmaps: Vec<String>,
+    /// Most connections at a time; `None`: no limit but the server's.
+    pub max_connections: Option<usize>,
+    /// Do not tell clients that the medium spins.
+    pub hide_rotational: bool,
 }
 
 /// One export: a name for a backend, and what is promised about it.
@@ -104,6 +109,20 @@ pub struct Export {
     tls_required: bool,
     allow: Option<AllowList>,
     contexts: Vec<ContextKind>,
+    max_connections: Option<usize>,
+    connections: AtomicUsize,
+}
+
+/// The right to use an export, as one of the connections that it may have; given back on drop.
+#[derive(Debug)]
+pub struct Admission {
+    export: Arc<Export>,
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.export.connections.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Export {
@@ -173,7 +192,7 @@ impl Export {
                 | TransmissionFlags::NBD_FLAG_SEND_FAST_ZERO;
         }
         flags.set(TransmissionFlags::NBD_FLAG_CAN_MULTI_CONN, !options.no_multi_conn);
-        flags.set(TransmissionFlags::NBD_FLAG_ROTATIONAL, limits.rotational);
+        flags.set(TransmissionFlags::NBD_FLAG_ROTATIONAL, limits.rotational && !options.hide_rotational);
         Ok(Arc::new(Export {
             name: options.name,
             description: options.description,
@@ -183,6 +202,8 @@ impl Export {
             tls_required: options.tls_required,
             allow: options.allow,
             contexts,
+            max_connections: options.max_connections,
+            connections: AtomicUsize::new(0),
         }))
     }
 
@@ -249,6 +270,21 @@ impl Export {
     #[must_use]
     pub fn contexts(&self) -> &[ContextKind] {
         &self.contexts
+    }
+
+    /// Counts one more connection, unless there are as many as there may be.
+    #[must_use]
+    pub fn admit(self: &Arc<Export>) -> Option<Admission> {
+        let max = self.max_connections.unwrap_or(usize::MAX);
+        let more = |n: usize| (n < max).then(|| n + 1);
+        let admitted = self.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        admitted.is_ok().then(|| Admission { export: self.clone() })
+    }
+
+    /// Connections that use it now.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
     }
 
     /// Block size constraints to advertise.

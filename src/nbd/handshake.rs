@@ -10,7 +10,7 @@
 //! on garbage. What one option means is in `option.rs`.
 
 use super::access::{ClientIdentity, TlsMode, TlsPeer};
-use super::export::{Export, ExportTable};
+use super::export::{Admission, Export, ExportTable};
 use super::meta::{MetaContext, MetaSelection};
 use super::option;
 use super::proto::*;
@@ -34,6 +34,8 @@ pub struct Negotiated {
     pub style: HeaderStyle,
     /// Metadata contexts that hold for this export.
     pub contexts: Vec<MetaContext>,
+    /// Counts the connection as one of the export's; kept until it ends.
+    pub admission: Arc<Admission>,
 }
 
 /// Why a handshake ended without an export.
@@ -339,7 +341,10 @@ impl Handshake {
             // That option cannot say that it is out of place.
             return Step::Close(CloseReason::ExportName("not after NBD_OPT_EXTENDED_HEADERS"));
         }
-        let negotiated = self.enter(export);
+        let Some(admission) = export.admit() else {
+            return Step::Close(CloseReason::ExportName("it has as many connections as it may have"));
+        };
+        let negotiated = self.enter(export, admission);
         let reply = super::wire::ExportNameReply { size: negotiated.export.size(), flags: negotiated.flags };
         reply.put(out, self.flags.contains(ClientFlags::NBD_FLAG_C_NO_ZEROES));
         Step::Enter(Box::new(negotiated))
@@ -397,12 +402,13 @@ impl Handshake {
     }
 
     /// Makes the result of a handshake that ends in `export`.
-    pub(super) fn enter(&mut self, export: &Arc<Export>) -> Negotiated {
+    pub(super) fn enter(&mut self, export: &Arc<Export>, admission: Admission) -> Negotiated {
         Negotiated {
             export: export.clone(),
             flags: self.flags_of(export),
             style: self.style,
             contexts: std::mem::take(&mut self.meta).into_contexts_for(export),
+            admission: Arc::new(admission),
         }
     }
 }

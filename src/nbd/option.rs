@@ -84,6 +84,19 @@ fn info(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTable, out: 
             return Step::Again;
         }
     };
+    let admission = match option {
+        NBD_OPT_GO => export.admit(),
+        _ => None,
+    };
+    if option == NBD_OPT_GO && admission.is_none() {
+        put_option_reply(
+            out,
+            option,
+            NBD_REP_ERR_POLICY,
+            b"the export has as many connections as it may have; try again later",
+        );
+        return Step::Again;
+    }
     let flags = hs.flags_of(export);
     let mut data = Vec::new();
     let mut put = |info: RepInfo<'_>| {
@@ -102,9 +115,9 @@ fn info(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTable, out: 
         put(RepInfo::BlockSize(export.block_sizes()));
     }
     put_option_reply(out, option, NBD_REP_ACK, b"");
-    match option {
-        NBD_OPT_GO => Step::Enter(Box::new(hs.enter(export))),
-        _ => Step::Again,
+    match admission {
+        Some(admission) => Step::Enter(Box::new(hs.enter(export, admission))),
+        None => Step::Again,
     }
 }
 

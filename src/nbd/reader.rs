@@ -54,6 +54,8 @@ pub(super) enum End {
     Protocol(#[from] ProtocolError),
     #[error("payload of {0} bytes is more than 64 MiB")]
     TooLong(u64),
+    #[error("no request for longer than the idle timeout")]
+    Idle,
     #[error("cut by the server, or the client stalled")]
     Cut,
     #[error("client did not finish a request while the server was stopping")]
@@ -198,7 +200,7 @@ impl Reader {
         let conn = self.conn.clone();
         self.rx.buf = None;
         match end {
-            End::Disc | End::Eof | End::Unfinished => {}
+            End::Disc | End::Eof | End::Idle | End::Unfinished => {}
             End::Truncated | End::Protocol(_) | End::TooLong(_) => {
                 conn.shared.warn_limited(|suppressed| {
                     warn!(
@@ -283,6 +285,7 @@ impl Reader {
             // An idle connection holds no buffer.
             self.rx = Received { buf: None, start: 0, end: 0, limit: self.rx.limit };
         }
+        self.set_idle_deadline();
         match self.co_parked(|conn| conn.stream.co_wait_readable()) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {
@@ -293,8 +296,15 @@ impl Reader {
                 Ok(())
             }
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => Err(End::Cut),
-            // Only payloads have deadlines, and only during a stop.
-            Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(End::Unfinished),
+            // During a stop only payloads have deadlines.
+            Err(e) if e.kind() == io::ErrorKind::TimedOut && self.conn.shared.is_stopping() => {
+                Err(End::Unfinished)
+            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => match lock(&self.conn.outbox).in_flight {
+                0 => Err(End::Idle),
+                // It waits for us; its time begins anew.
+                _ => Ok(()),
+            },
             Err(e) => Err(End::Io(e)),
         }
     }
@@ -308,6 +318,15 @@ impl Reader {
         let waited = self.co_wait_input();
         conn.stream.set_read_deadline(None);
         waited
+    }
+
+    /// Bounds the wait for input that comes next.
+    fn set_idle_deadline(&self) {
+        let timeout = self.conn.shared.config.idle_timeout;
+        if !timeout.is_zero() && !self.conn.shared.is_stopping() {
+            let deadline = self.conn.ctx.now_ns().saturating_add(timeout.as_nanos() as u64);
+            self.conn.stream.set_read_deadline(Some(deadline));
+        }
     }
 
     /// Waits in `f`, having sent all replies: those that come meanwhile send themselves. Yields.

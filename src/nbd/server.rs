@@ -24,7 +24,7 @@ use crate::util::counters::Counter;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak, mpsc};
@@ -38,6 +38,35 @@ pub enum ListenAddr {
     Tcp(SocketAddr),
     /// A unix socket; a stale file of that name is replaced, a live one is an error.
     Unix(PathBuf),
+    /// Between a virtual machine and its host.
+    Vsock {
+        /// Whose address; `u32::MAX` stands for all.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
+}
+
+/// What happens to clients beyond [`ServerConfig::max_connections`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenFull {
+    /// They are accepted and closed.
+    #[default]
+    Close,
+    /// They wait in the kernel's queue until another one leaves.
+    Wait,
+}
+
+/// When a server has done its work, see [`Server::is_finished`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EndWhen {
+    /// When it is told to stop.
+    #[default]
+    Told,
+    /// When a client that had chosen an export leaves, and no connection is left.
+    LastClientLeaves,
+    /// When no connection is left.
+    LastConnectionEnds,
 }
 
 /// TLS as a server offers it.
@@ -54,13 +83,32 @@ pub struct ServerTls {
 /// Limits and habits of a server. Every limit is ours.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
-    /// Addresses to listen on; at least one.
+    /// Addresses to listen on.
     pub listen: Vec<ListenAddr>,
-    /// A client that has not chosen an export after this long is dropped.
+    /// Sockets that listen already, opened by somebody else; they are left as they are at the end.
+    pub inherited: Vec<Arc<OwnedFd>>,
+    /// Connections that exist already.
+    pub connections: Vec<Arc<OwnedFd>>,
+    /// Connections that the kernel queues per address; the system's limit is `net.core.somaxconn`.
+    pub backlog: i32,
+    /// Replace a unix socket's file also if a live server listens on it.
+    pub take_over_sockets: bool,
+    /// What happens beyond `max_connections`.
+    pub when_full: WhenFull,
+    /// When the server has done its work.
+    pub end_when: EndWhen,
+    /// Idle time of a TCP connection before the kernel asks whether its peer is alive; zero: it does not.
+    pub keepalive: Duration,
+    /// How long the data sent on a TCP connection may stay unacknowledged, or its peer's window closed, before the kernel
+    /// drops it; zero: the system's default.
+    pub tcp_user_timeout: Duration,
+    /// A client that has chosen an export and makes no request for this long, with none in flight, is dropped; zero: never.
+    pub idle_timeout: Duration,
+    /// A client that has not chosen an export after this long is dropped; zero: never.
     pub handshake_timeout: Duration,
     /// Connections in negotiation at a time; beyond it the oldest is dropped.
     pub max_half_open: usize,
-    /// Connections at a time; beyond it new ones are closed at once.
+    /// Connections at a time; for what is beyond it see `when_full`.
     pub max_connections: usize,
     /// Payload bytes in flight of one connection (requests being served and replies not yet taken by the client).
     pub conn_bytes: u64,
@@ -81,6 +129,15 @@ impl Default for ServerConfig {
     fn default() -> Self {
         ServerConfig {
             listen: Vec::new(),
+            inherited: Vec::new(),
+            connections: Vec::new(),
+            backlog: 1024,
+            take_over_sockets: false,
+            when_full: WhenFull::default(),
+            end_when: EndWhen::default(),
+            keepalive: Duration::from_secs(60),
+            tcp_user_timeout: Duration::from_secs(600),
+            idle_timeout: Duration::ZERO,
             handshake_timeout: Duration::from_secs(10),
             max_half_open: 256,
             max_connections: 4096,
@@ -98,7 +155,7 @@ impl Default for ServerConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// No address, or no IOThread.
-    #[error("nothing to listen on, or no thread to serve with")]
+    #[error("no address and no connection to serve, or no thread to serve with")]
     Nothing,
     /// The address cannot be bound.
     #[error("cannot listen on {addr}")]
@@ -241,6 +298,10 @@ pub(super) struct Shared {
     stop_bh: OnceLock<BottomHalf>,
     /// Arms the timer that looks for stalled clients. Set once, at start.
     pressure_bh: OnceLock<BottomHalf>,
+    /// Looks at the listeners again when a connection has ended, and wakes the main loop. Set once, at start.
+    room_bh: OnceLock<BottomHalf>,
+    /// The server has done its work.
+    finished: AtomicBool,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -340,8 +401,8 @@ impl Shared {
         self.stop_changed();
     }
 
-    /// A session has ended.
-    pub(super) fn session_ended(&self, id: u64, thread: usize) {
+    /// A session has ended; `served` tells whether its client had chosen an export.
+    pub(super) fn session_ended(&self, id: u64, thread: usize, served: bool) {
         let entry = {
             let mut registry = lock(&self.registry);
             registry.half_open.remove(&id);
@@ -350,7 +411,20 @@ impl Shared {
         // Closes the socket, outside of the lock.
         drop(entry);
         self.threads[thread].load.fetch_sub(1, Ordering::Relaxed);
-        self.live.fetch_sub(1, Ordering::Relaxed);
+        let left = self.live.fetch_sub(1, Ordering::AcqRel) - 1;
+        let finished = match self.config.end_when {
+            EndWhen::Told => false,
+            EndWhen::LastClientLeaves => left == 0 && served,
+            EndWhen::LastConnectionEnds => left == 0,
+        };
+        if finished {
+            self.finished.store(true, Ordering::Release);
+        }
+        if (finished || self.config.when_full == WhenFull::Wait)
+            && let Some(bh) = self.room_bh.get()
+        {
+            bh.schedule();
+        }
         if self.is_stopping() {
             self.stop_changed();
         }
@@ -386,6 +460,17 @@ impl Shared {
             counts[thread] -= 1;
             if counts.iter().all(|n| *n == 0) {
                 registry.placement.remove(&key);
+            }
+        }
+    }
+
+    /// Whether clients have to wait for one that leaves, or the server takes no more.
+    fn is_full(&self) -> bool {
+        match self.config.when_full {
+            WhenFull::Close => false,
+            WhenFull::Wait => {
+                self.live.load(Ordering::Acquire) >= self.config.max_connections
+                    || self.finished.load(Ordering::Acquire)
             }
         }
     }
@@ -501,6 +586,10 @@ impl Acceptor {
         }
         let retry = self.retry.get().expect("set at start");
         for _ in 0..ACCEPTS_PER_TURN {
+            // The connection that ends will look at the queue again (`room_bh`).
+            if self.shared.is_full() {
+                return;
+            }
             match self.listener.accept() {
                 Ok(Some(socket)) => self.shared.accepted(socket),
                 Ok(None) => return,
@@ -558,13 +647,14 @@ impl Server {
         main: &Arc<AioContext>,
     ) -> Result<Arc<Server>, ServerError> {
         assert!(main.is_home(), "listeners are handlers of the main context");
-        if config.listen.is_empty() || threads.is_empty() {
+        let sources = config.listen.len() + config.inherited.len() + config.connections.len();
+        if sources == 0 || threads.is_empty() {
             return Err(ServerError::Nothing);
         }
         // Coroutines take threads and descriptors when the first one runs: now, while there are some, not when the first
         // client comes.
         Coroutine::new(|| {}).enter();
-        let listeners = listen::bind_all(&config.listen)?;
+        let listeners = listen::bind_all(&config)?;
         let addrs = listeners.iter().map(|l| l.addr.clone()).collect();
 
         let threads = threads
@@ -597,6 +687,8 @@ impl Server {
                 warnings: WarnLimit::default(),
                 stop_bh: OnceLock::new(),
                 pressure_bh: OnceLock::new(),
+                room_bh: OnceLock::new(),
+                finished: AtomicBool::new(false),
             }
         });
         let stop_sleep = CoSleep::new();
@@ -619,10 +711,38 @@ impl Server {
                 .map_err(|source| ServerError::Listen { addr, source })?;
             lock(&server.acceptors).push(acceptor);
         }
+        let weak = Arc::downgrade(&server);
+        let room_bh = main.bh_new(move || {
+            if let Some(server) = weak.upgrade() {
+                server.room();
+            }
+        });
+        assert!(server.shared.room_bh.set(room_bh).is_ok(), "set once");
         for addr in &server.addrs {
             info!(%addr, "listening");
         }
+        for fd in &server.shared.config.connections {
+            let failed =
+                |source| ServerError::Listen { addr: "a connection that was passed".to_owned(), source };
+            let socket = socket2::Socket::from(fd.try_clone().map_err(failed)?);
+            let peer = listen::prepare(&socket, listen::SocketOptions::new(&server.shared.config));
+            server.shared.accepted(listen::Socket { fd: socket.into(), peer });
+        }
         Ok(server)
+    }
+
+    /// Looks for clients that wait, after a connection has ended. Main context.
+    fn room(&self) {
+        let acceptors = lock(&self.acceptors).clone();
+        for acceptor in acceptors {
+            acceptor.accept_all(&self.main);
+        }
+    }
+
+    /// Whether the server has done its work, as [`ServerConfig::end_when`] says. Becoming so wakes the main context.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.shared.finished.load(Ordering::Acquire)
     }
 
     /// Where it listens, with the port really bound.

@@ -52,7 +52,7 @@ pub(super) struct Accepted {
 pub(super) fn start(shared: Arc<Shared>, accepted: Accepted) {
     if !co::has_room() {
         shared.warn_no_room(&accepted.peer);
-        return shared.session_ended(accepted.id, accepted.thread);
+        return shared.session_ended(accepted.id, accepted.thread, false);
     }
     Coroutine::new(move || co_session(&shared, accepted)).enter();
 }
@@ -62,17 +62,19 @@ struct Live<'s> {
     shared: &'s Shared,
     id: u64,
     thread: usize,
+    /// The client has chosen an export.
+    served: bool,
 }
 
 impl Drop for Live<'_> {
     fn drop(&mut self) {
-        self.shared.session_ended(self.id, self.thread);
+        self.shared.session_ended(self.id, self.thread, self.served);
     }
 }
 
 fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
     let Accepted { id, fd, peer, thread } = accepted;
-    let mut live = Live { shared, id, thread };
+    let mut live = Live { shared, id, thread, served: false };
     let client = identify(&fd);
     let stream = match CoStream::new(fd) {
         Ok(stream) => stream,
@@ -96,7 +98,7 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
                 }
                 HandshakeEnd::Closed(reason) => {
                     shared.warn_limited(|suppressed| {
-                        warn!(peer, conn = id, %reason, suppressed, "negotiation failed");
+                        warn!(peer, conn = id, %reason, suppressed, "option negotiation failed");
                     });
                 }
                 HandshakeEnd::Tls(reason) => {
@@ -116,8 +118,10 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
     };
 
     let thread = shared.place(&negotiated.export, thread);
+    let _admission = negotiated.admission.clone();
     let _placed = Placed { shared, export: negotiated.export.clone(), thread };
     live.thread = thread;
+    live.served = true;
     let slot = &shared.threads[thread];
     if let Err(error) = stream.co_move_to(&slot.ctx) {
         warn!(peer, conn = id, %error, "cannot move a connection to its event loop");
@@ -225,10 +229,11 @@ impl Negotiation<'_> {
     fn co_run(&self, channel: &mut Channel, client: ClientIdentity) -> Result<Agreed, HandshakeEnd> {
         let shared = self.shared;
         let ctx = AioContext::current().expect("sessions run on IOThreads");
-        let deadline = ctx.now_ns().saturating_add(shared.config.handshake_timeout.as_nanos() as u64);
+        let timeout = shared.config.handshake_timeout;
+        let deadline = (!timeout.is_zero()).then(|| ctx.now_ns().saturating_add(timeout.as_nanos() as u64));
         drop(ctx);
-        channel.set_read_deadline(Some(deadline));
-        channel.set_write_deadline(Some(deadline));
+        channel.set_read_deadline(deadline);
+        channel.set_write_deadline(deadline);
         channel.co_write_all(&handshake::greeting()).map_err(HandshakeEnd::Io)?;
         let mut hs = Handshake::with(shared.tls_mode(), client);
         let mut input = BytesMut::new();
@@ -237,7 +242,7 @@ impl Negotiation<'_> {
         loop {
             steps += 1;
             if steps.is_multiple_of(NEGOTIATION_TURN) {
-                co_pace(channel, deadline).map_err(HandshakeEnd::Io)?;
+                co_pace(channel, deadline.unwrap_or(u64::MAX)).map_err(HandshakeEnd::Io)?;
             }
             let mut consumed = 0;
             let table = shared.exports.snapshot();
@@ -267,7 +272,7 @@ impl Negotiation<'_> {
                     assert!(input.is_empty(), "TLS was granted with clear bytes in hand");
                     channel.co_write_all(&out).map_err(HandshakeEnd::Io)?;
                     out.clear();
-                    hs.secured(self.co_start_tls(channel, hs.client(), deadline)?);
+                    hs.secured(self.co_start_tls(channel, hs.client(), deadline.unwrap_or(u64::MAX))?);
                 }
                 Step::Close(reason) => {
                     // The reason is already known: whether the client still takes the reply changes nothing.

@@ -5,3 +5,4 @@ pub mod counters;
 pub mod fast;
 pub mod sync;
 pub mod sys;
+pub mod systemd;

@@ -393,6 +393,90 @@ pub fn peer_cred(fd: impl AsFd) -> io::Result<PeerCred> {
     Ok(PeerCred { pid: cred.pid, uid: cred.uid, gid: cred.gid })
 }
 
+// ------------------------------------------------------------------------------ descriptors and processes
+
+/// Takes over a descriptor that the process was started with, and makes it close on exec.
+///
+/// # Errors
+/// `EBADF` when it is not open, or was opened by this process itself.
+#[expect(unsafe_code, reason = "descriptors that come by number")]
+pub fn take_fd(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD touches no memory; a number that is not open is EBADF.
+    let flags = cvt(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // What this process opens is closed on exec, what it was started with cannot be.
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: F_SETFD takes an integer and touches no memory.
+    cvt(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the descriptor is open, and was not opened by this process (see above), nor taken before (it would be closed
+    // on exec): nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Duplicates one of the descriptors 0, 1, 2 to a new number, closed on exec.
+///
+/// # Errors
+/// `EBADF` when it is not open; `EMFILE`.
+#[expect(unsafe_code, reason = "descriptors that come by number")]
+pub fn dup_std(number: i32) -> io::Result<OwnedFd> {
+    assert!((0..3).contains(&number), "a standard descriptor");
+    // SAFETY: F_DUPFD_CLOEXEC takes an integer and touches no memory.
+    let fd = cvt(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) })?;
+    // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts `fd` in the place of one of the descriptors 0, 1, 2; what was there is closed.
+///
+/// # Errors
+/// What `dup2` reports.
+#[expect(unsafe_code, reason = "descriptors that come by number")]
+pub fn replace_std(number: i32, fd: impl AsFd) -> io::Result<()> {
+    assert!((0..3).contains(&number), "a standard descriptor");
+    // SAFETY: both descriptors are valid for the call; 0, 1 and 2 are never owned by an OwnedFd of this crate.
+    cvt(unsafe { libc::dup2(fd.as_fd().as_raw_fd(), number) }).map(drop)
+}
+
+/// Removes a variable from the environment. Call it before the process has a second thread.
+///
+/// # Panics
+/// When there is one.
+#[expect(unsafe_code, reason = "the environment is shared by all threads")]
+pub fn remove_env(name: &str) {
+    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    assert!(threads == 1, "the environment is changed before threads exist");
+    // SAFETY: there is one thread, this one: nobody else reads or writes the environment meanwhile.
+    unsafe { std::env::remove_var(name) };
+}
+
+/// Which side of a [`fork`] this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fork {
+    /// The old process; with the new one's id.
+    Parent(i32),
+    /// The new process.
+    Child,
+}
+
+/// Forks the process. Call it before the process has a second thread: the child has only the one that called.
+///
+/// # Errors
+/// `EAGAIN`, `ENOMEM`.
+///
+/// # Panics
+/// When there is a second thread.
+#[expect(unsafe_code, reason = "fork")]
+pub fn fork() -> io::Result<Fork> {
+    let threads = std::fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    assert!(threads == 1, "a process forks before it has threads");
+    // SAFETY: there is one thread, so no lock can be held by a thread that the child lacks.
+    match cvt(unsafe { libc::fork() })? {
+        0 => Ok(Fork::Child),
+        pid => Ok(Fork::Parent(pid)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

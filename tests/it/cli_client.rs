@@ -38,6 +38,8 @@ fn uris_are_read_as_the_document_says() {
         ("nbd://user@host/", tcp("host", 10809, "")),
         ("nbd+unix:///disk?socket=/run/a%20b", unix("/run/a b", "disk")),
         ("nbd+unix:///?socket=nbd.sock", unix("nbd.sock", "")),
+        ("nbd+vsock://2/disk", Uri::vsock(2, 10809, "disk")),
+        ("nbd+vsock://1:7/", Uri::vsock(1, 7, "")),
         ("nbd+unix:///?socket=%00/abstract", unix("\0/abstract", "")),
     ] {
         let uri: Uri = text.parse().unwrap_or_else(|e| panic!("{e}"));
@@ -85,7 +87,7 @@ fn uris_that_cannot_be_used_are_refused_with_advice() {
         ("nbd://x/?tls-psk-file=/f", "needs the scheme nbds:"),
         ("nbds://x/?tls-type=psk", "unknown parameter \"tls-type\""),
         ("nbds://x/?tls-verify-peer=maybe", "true or false"),
-        ("nbd+vsock://2/", "vsock"),
+        ("nbd+vsock://host/", "\"host\" is no vsock context id"),
         ("nbd:x", "\"//\" is missing"),
         ("nbd://x:port/", "\"port\" is no port"),
         ("nbd://x:99999/", "no port"),

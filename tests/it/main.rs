@@ -43,5 +43,6 @@ mod pki;
 mod qcow2_node;
 mod qcow2_races;
 mod qcow2_tools;
+mod nbd_transports;
 mod support;
 mod tidy;

@@ -90,6 +90,7 @@ impl TestServer {
         match &self.server.bound_addrs()[0] {
             ListenAddr::Unix(path) => Raw::unix(UnixStream::connect(path).unwrap()),
             ListenAddr::Tcp(addr) => Raw::tcp(TcpStream::connect(addr).unwrap()),
+            other => panic!("no client for {other}"),
         }
     }
 
