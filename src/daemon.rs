@@ -98,6 +98,12 @@ pub enum DaemonError {
     /// A listener.
     #[error("{0}")]
     Listen(String),
+    /// The server.
+    #[error("{}", explain(.0))]
+    Server(ServerError),
+    /// Something else, said in full.
+    #[error("{0}")]
+    Said(String),
     /// `--check` found several things.
     #[error("{} of {total} exports cannot be served:\n  {}", problems.len(), problems.join("\n  "))]
     Check {
@@ -329,8 +335,7 @@ impl Service<'_> {
         );
         let table = ExportTable::new((self.exports)()?, None)?;
         let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
-        let server = Server::start(self.server, table, contexts, &main)
-            .map_err(|e| DaemonError::Listen(explain(&e)))?;
+        let server = Server::start(self.server, table, contexts, &main).map_err(DaemonError::Server)?;
         let daemon = Daemon { server, threads, main, grace: self.grace };
         daemon.run(signal_fd, log, self.hup_stops, self.command, self.ready)
     }

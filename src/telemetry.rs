@@ -11,7 +11,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::registry::LookupSpan;
 
 /// Environment variable whose filter wins over flags and file.
 pub const ENV_FILTER: &str = "CONBD_LOG";
@@ -45,6 +47,69 @@ pub fn init(filter: &str, json: bool) -> Result<LogGuard, String> {
     };
     outcome.map_err(|e| format!("logging is set up already: {e}"))?;
     Ok(guard)
+}
+
+/// As [`init`], in the form of an old program: `PROGRAM: message: field=value …`, without time, level and colours.
+///
+/// # Errors
+/// As [`init`].
+pub fn init_plain(program: &'static str, filter: &str) -> Result<LogGuard, String> {
+    let filter = EnvFilter::builder()
+        .parse(with_libraries(filter))
+        .map_err(|e| format!("log filter \"{filter}\": {e}"))?;
+    let (sink, guard) = start_writer().map_err(|e| format!("cannot start the log thread: {e}"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(sink)
+        .event_format(Plain(program))
+        .try_init()
+        .map_err(|e| format!("logging is set up already: {e}"))?;
+    Ok(guard)
+}
+
+/// The form of [`init_plain`].
+struct Plain(&'static str);
+
+/// Collects an event's message and fields.
+#[derive(Default)]
+struct PlainFields {
+    message: String,
+    fields: String,
+}
+
+impl tracing::field::Visit for PlainFields {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        use std::fmt::Write as _;
+        // Writing to a String cannot fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            // How many were left out is no news when none was.
+            "suppressed" if format!("{value:?}") == "0" => Ok(()),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
+}
+
+impl<S, N> FormatEvent<S, N> for Plain
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> std::fmt::Result {
+        let mut event_fields = PlainFields::default();
+        event.record(&mut event_fields);
+        let PlainFields { message, fields } = event_fields;
+        // One event, one line, whatever a client has sent.
+        let line = format!("{}: {message}:{fields}", self.0);
+        let line: String = line.trim_end_matches(':').chars().filter(|c| !c.is_control()).collect();
+        writeln!(writer, "{line}")
+    }
 }
 
 /// The filter, with what the coroutine library says of its own set-up left out unless the filter names the library: it is

@@ -74,6 +74,9 @@ words!(CacheMode, "cache mode");
 words!(DiscardMode, "discard mode");
 words!(LockMode, "lock mode");
 
+/// QEMU's sector, in bytes.
+const SECTOR: u64 = 512;
+
 /// What is opened, and how.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -104,6 +107,9 @@ pub struct OpenOptions {
     pub l2_cache: Option<u64>,
     /// qcow2: dirty bitmaps that will be shown to clients: that they can be is checked.
     pub bitmaps: Vec<String>,
+    /// Show a raw file in whole sectors of 512 bytes, as QEMU does: what its last one lacks reads as zeroes, and a write to it
+    /// makes the file longer. Empty files are shown then, too.
+    pub whole_sectors: bool,
 }
 
 impl OpenOptions {
@@ -123,6 +129,7 @@ impl OpenOptions {
             no_backing: false,
             l2_cache: None,
             bitmaps: Vec::new(),
+            whole_sectors: false,
         }
     }
 }
@@ -408,13 +415,15 @@ pub fn co_open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
 fn open_file(options: &OpenOptions) -> Result<(FileNode, bool), OpenError> {
     let path = &options.filename;
     let given = options.format == Format::Qcow2;
+    let odd = |m: std::fs::Metadata| m.is_file() && (m.len() == 0 || !m.len().is_multiple_of(SECTOR));
+    let padded = options.whole_sectors && std::fs::metadata(path).is_ok_and(odd);
     let file = FileNode::open(&FileOptions {
         path: path.clone(),
         read_only: options.read_only || options.snapshot.is_some(),
         cache: options.cache,
         discard: options.discard,
         lock: options.lock,
-        growable: given,
+        growable: given || padded,
     })?;
     if options.format != Format::Auto {
         return Ok((file, given));
@@ -449,14 +458,20 @@ fn window(options: &OpenOptions, node: Arc<dyn BlockNode>) -> Result<Arc<dyn Blo
         && options.format == Format::Auto
         && options.offset < PROBE_LEN as u64
         && !options.read_only;
-    if options.offset == 0 && options.size.is_none_or(|s| s == len) && !guard {
+    // Only a file that is to be shown in whole sectors grows here.
+    let padded = options.whole_sectors && !node.is_format() && node.grows();
+    if options.offset == 0 && options.size.is_none_or(|s| s == len) && !guard && !padded {
         return Ok(node);
     }
     let name = node.name().to_owned();
     let outside =
         || OpenError::Window { path: path.clone(), offset: options.offset, size: options.size, len };
-    let raw = RawNode::new(&name, node, options.offset, options.size).map_err(|_: Error| outside())?;
-    if raw.is_empty() {
+    let raw = match padded {
+        true => RawNode::rounded_up(&name, node, SECTOR, options.offset, options.size),
+        false => RawNode::new(&name, node, options.offset, options.size),
+    };
+    let raw = raw.map_err(|_: Error| outside())?;
+    if raw.is_empty() && !(padded && len == 0) {
         return Err(outside());
     }
     Ok(if guard { Arc::new(raw.with_probe_guard()) } else { Arc::new(raw) })

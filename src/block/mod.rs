@@ -19,6 +19,7 @@
 
 mod backend;
 mod chain;
+mod detect_zeroes;
 mod fault;
 mod file;
 mod flush;
@@ -39,6 +40,7 @@ mod wait;
 
 pub use backend::{BackendStats, BlockBackend, Drained};
 pub use chain::{MAX_DEPTH, backing_of, co_read_header};
+pub use detect_zeroes::{DetectZeroes, DetectZeroesNode};
 pub use fault::{FaultAction, FaultNode, FaultOps, FaultRule, FaultWhen, HeldOp, RuleId};
 pub use file::{CacheMode, DiscardMode, FileNode, FileOptions};
 pub use flush::FlushGroup;

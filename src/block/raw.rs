@@ -8,7 +8,8 @@
 
 use super::probe::{PROBE_LEN, probe};
 use super::{
-    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Lent, Limits, Result, WriteFlags, iov,
+    BlockNode, DepthExtent, DirtyBitmap, DirtyExtent, Error, Extent, Lent, Limits, Result, StatusFlags,
+    WriteFlags, iov,
 };
 use crate::co::CoMutex;
 use std::io::{IoSlice, IoSliceMut};
@@ -22,6 +23,8 @@ pub struct RawNode {
     len: u64,
     /// Serialises writes to the first sector; `None` when the user chose the format.
     guard: Option<CoMutex<()>>,
+    /// The window may end past the child's end, in zeroes.
+    padded: bool,
 }
 
 impl RawNode {
@@ -34,7 +37,44 @@ impl RawNode {
         let Some(room) = inside else {
             return Err(Error::from_errno("open window", child.name(), offset, libc::EINVAL));
         };
-        Ok(RawNode { name: name.to_owned(), child, offset, len: len.unwrap_or(room), guard: None })
+        Ok(RawNode {
+            name: name.to_owned(),
+            child,
+            offset,
+            len: len.unwrap_or(room),
+            guard: None,
+            padded: false,
+        })
+    }
+
+    /// As [`RawNode::new`], of a child whose size is first rounded up to a multiple of `unit` bytes: the rest reads as
+    /// zeroes, and a write to it makes the child longer. That is how QEMU shows files, in sectors of 512 bytes.
+    ///
+    /// # Errors
+    /// `EINVAL` when the window is not inside of that.
+    ///
+    /// # Panics
+    /// When the child does not grow.
+    pub fn rounded_up(
+        name: &str,
+        child: Arc<dyn BlockNode>,
+        unit: u64,
+        offset: u64,
+        len: Option<u64>,
+    ) -> Result<RawNode> {
+        assert!(child.grows(), "what is written past the end must have a place");
+        let shown = child.len().next_multiple_of(unit);
+        let inside = shown.checked_sub(offset).filter(|&room| len.is_none_or(|l| l <= room));
+        let Some(room) = inside else {
+            return Err(Error::from_errno("open window", child.name(), offset, libc::EINVAL));
+        };
+        let len = len.unwrap_or(room);
+        Ok(RawNode { name: name.to_owned(), child, offset, len, guard: None, padded: true })
+    }
+
+    /// How much of a range of the window the child has.
+    fn in_child(&self, offset: u64, len: u64) -> u64 {
+        if self.padded { len.min(self.child.len().saturating_sub(self.offset + offset)) } else { len }
     }
 
     /// Refuses writes that would make the first sector look like another format.
@@ -159,9 +199,13 @@ impl BlockNode for RawNode {
             if len <= skip {
                 return Ok(());
             }
-            return self.child.co_pdiscard(self.offset + offset + skip, len - skip);
+            let (offset, len) = (offset + skip, self.in_child(offset + skip, len - skip));
+            return if len == 0 { Ok(()) } else { self.child.co_pdiscard(self.offset + offset, len) };
         }
-        self.child.co_pdiscard(self.offset + offset, len)
+        match self.in_child(offset, len) {
+            0 => Ok(()),
+            len => self.child.co_pdiscard(self.offset + offset, len),
+        }
     }
 
     fn co_flush(&self) -> Result<()> {
@@ -178,12 +222,18 @@ impl BlockNode for RawNode {
 
     fn co_block_status(&self, offset: u64, len: u64) -> Result<Extent> {
         self.assert_bounds(offset, len);
-        self.child.co_block_status(self.offset + offset, len)
+        match self.in_child(offset, len) {
+            0 => Ok(Extent { len, flags: StatusFlags::ZERO }),
+            inside => self.child.co_block_status(self.offset + offset, inside),
+        }
     }
 
     fn co_cache(&self, offset: u64, len: u64) -> Result<()> {
         self.assert_bounds(offset, len);
-        self.child.co_cache(self.offset + offset, len)
+        match self.in_child(offset, len) {
+            0 => Ok(()),
+            len => self.child.co_cache(self.offset + offset, len),
+        }
     }
 
     fn co_allocation_depth(&self, offset: u64, len: u64) -> Result<DepthExtent> {

@@ -45,6 +45,7 @@ struct Report {
     fixed: bool,
     tls: Option<TlsPeer>,
     structured: bool,
+    extended: bool,
     /// None when the server does not list exports.
     list: Option<Vec<ListEntry>>,
     exports: Vec<Details>,
@@ -70,6 +71,7 @@ fn co_inspect(uri: &Uri) -> Result<Report, ClientError> {
         fixed: negotiation.is_fixed(),
         tls: negotiation.tls().cloned(),
         structured: false,
+        extended: false,
         list: None,
         exports: Vec::new(),
     };
@@ -121,6 +123,8 @@ fn co_ask(negotiation: &mut Negotiation, uri: &Uri, report: &mut Report) -> Resu
         };
         report.exports.push(Details { info, contexts });
     }
+    // Last: they cannot be switched off again. A server that does not know them has told everything else already.
+    report.extended = negotiation.co_extended_headers().unwrap_or(false);
     Ok(())
 }
 
@@ -167,6 +171,7 @@ fn as_json(uri: &Uri, report: &Report) -> Value {
         "uri": uri.to_string(),
         "protocol": if report.fixed { "newstyle-fixed" } else { "newstyle" },
         "structured_replies": report.structured,
+        "extended_headers": report.extended,
         "tls": report.tls.is_some(),
         "tls_version": report.tls.as_ref().map(|tls| &tls.version),
         "tls_cipher": report.tls.as_ref().map(|tls| &tls.cipher),
@@ -185,7 +190,11 @@ fn shown(text: &str) -> String {
 fn as_text(uri: &Uri, report: &Report) -> String {
     let mut out = String::new();
     let style = if report.fixed { "fixed newstyle" } else { "newstyle" };
-    let replies = if report.structured { "structured replies" } else { "simple replies" };
+    let replies = match (report.structured, report.extended) {
+        (_, true) => "structured replies, extended headers",
+        (true, false) => "structured replies",
+        (false, false) => "simple replies",
+    };
     // Writing to a String cannot fail.
     let tls = match &report.tls {
         Some(tls) => format!("{} ({})", tls.version, tls.cipher),

@@ -92,6 +92,15 @@ fn options(out: &mut String, command: &clap::Command) {
     }
 }
 
+/// The options of `qemu-nbd`, which are no clap options.
+fn qemu_options(out: &mut String) {
+    for opt in super::qemu_nbd::OPTIONS {
+        let short = opt.short.map_or(String::new(), |c| format!("\\fB\\-{c}\\fR, "));
+        let value = opt.value.map_or(String::new(), |value| format!("=\\fI{}\\fR", escape(value)));
+        let _ = writeln!(out, ".TP\n{short}\\fB\\-\\-{}\\fR{value}\n{}", escape(opt.long), escape(opt.help));
+    }
+}
+
 fn conbd_1() -> String {
     let mut command = definition();
     command.build();
@@ -113,7 +122,10 @@ fn conbd_1() -> String {
         for paragraph in about.split("\n\n") {
             let _ = writeln!(out, "{}\n.PP", escape(paragraph));
         }
-        options(&mut out, sub);
+        match sub.get_name() {
+            "qemu-nbd" => qemu_options(&mut out),
+            _ => options(&mut out, sub),
+        }
         if let Some(after) = sub.get_after_long_help().or(sub.get_after_help()) {
             let _ = writeln!(out, ".PP\n.nf\n{}\n.fi", escape(&after.to_string()));
         }

@@ -7,9 +7,13 @@ mod bench;
 mod check;
 mod create;
 mod drive;
+mod getopt;
 mod image;
 mod inspect;
 mod man;
+mod qemu_list;
+mod qemu_nbd;
+mod qemu_opts;
 mod serve;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -51,8 +55,28 @@ enum Command {
     Check(check::CheckArgs),
     Create(create::CreateArgs),
     Resize(create::ResizeArgs),
+    QemuNbd(QemuNbdArgs),
     #[command(hide = true)]
     GenMan(man::GenManArgs),
+}
+
+/// Serve one image with qemu-nbd's command line: for scripts that call qemu-nbd
+///
+/// The same happens when the program is called by the name qemu-nbd, such as through a symbolic link.
+///
+/// Defaults, messages, exit codes and habits are those of QEMU's qemu-nbd; `conbd qemu-nbd --help` prints its options. Without -t it
+/// ends when the last client has left. SIGTERM, SIGINT and SIGHUP end it at once, with code 0.
+#[derive(Debug, clap::Args)]
+#[command(
+    disable_help_flag = true,
+    disable_version_flag = true,
+    after_help = "Examples:\n  conbd qemu-nbd -t -f raw -k /run/disk.sock disk.raw\n  \
+                  ln -s /usr/local/bin/conbd /usr/local/bin/qemu-nbd\n  qemu-nbd --list -b localhost"
+)]
+struct QemuNbdArgs {
+    /// Options and FILE, as qemu-nbd takes them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+    args: Vec<std::ffi::OsString>,
 }
 
 /// An error that ends the program: one line for stderr and an exit code.
@@ -109,6 +133,17 @@ pub fn definition() -> clap::Command {
 
 /// Runs the program and returns its exit code.
 pub fn main() -> ExitCode {
+    let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    // Before clap: qemu-nbd's options are read by other rules.
+    match args.as_slice() {
+        [program, rest @ ..]
+            if std::path::Path::new(program).file_name().is_some_and(|n| n == "qemu-nbd") =>
+        {
+            return qemu_nbd::main(program, rest);
+        }
+        [_, command, rest @ ..] if command == "qemu-nbd" => return qemu_nbd::main(command, rest),
+        _ => {}
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
@@ -126,6 +161,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Create(args) => create::create(&args),
         Command::Resize(args) => create::resize(&args),
+        Command::QemuNbd(args) => return qemu_nbd::main(&"qemu-nbd".into(), &args.args),
         Command::GenMan(args) => man::run(&args),
     };
     match outcome {

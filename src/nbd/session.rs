@@ -196,6 +196,11 @@ enum HandshakeEnd {
 /// Steps of a negotiation in one turn of the loop (ours); then other connections have theirs.
 const NEGOTIATION_TURN: u32 = 64;
 
+/// Whether an error says that the client is not there any more.
+fn gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+}
+
 /// Replies of one step are sent when this many bytes are ready, or when input is missing (ours).
 const NEGOTIATION_FLUSH: usize = 64 << 10;
 
@@ -234,7 +239,11 @@ impl Negotiation<'_> {
         drop(ctx);
         channel.set_read_deadline(deadline);
         channel.set_write_deadline(deadline);
-        channel.co_write_all(&handshake::greeting()).map_err(HandshakeEnd::Io)?;
+        channel.co_write_all(&handshake::greeting()).map_err(|e| match gone(&e) {
+            // A port probe: somebody wanted to know whether we listen.
+            true => HandshakeEnd::Left,
+            false => HandshakeEnd::Io(e),
+        })?;
         let mut hs = Handshake::with(shared.tls_mode(), client);
         let mut input = BytesMut::new();
         let mut out = Vec::new();
@@ -288,6 +297,7 @@ impl Negotiation<'_> {
                         Ok(_) => {}
                         // The server shuts down: later options are refused, the connection is closed by and by.
                         Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                        Err(e) if gone(&e) && input.is_empty() => return Err(HandshakeEnd::Left),
                         Err(e) => return Err(HandshakeEnd::Io(e)),
                     }
                 }

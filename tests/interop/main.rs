@@ -28,5 +28,6 @@ mod locks;
 mod options;
 mod qcow2_fio;
 mod qemu;
+mod qemu_nbd;
 mod shutdown;
 mod tls;
