@@ -25,7 +25,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use tracing::{debug, warn};
+use tracing::{Span, debug, debug_span, warn};
 
 /// Reads from this many bytes on ask for the block status first when the data is not at hand (ours).
 const STATUS_FROM: u32 = 64 << 10;
@@ -143,6 +143,8 @@ pub(super) struct Conn {
     pub(super) errors: AtomicU64,
     stall: Arc<StallClock>,
     pub(super) began_ns: u64,
+    /// The connection's; disabled unless at debug level.
+    span: Span,
 }
 
 impl Conn {
@@ -176,6 +178,7 @@ impl Conn {
             errors: AtomicU64::new(0),
             stall: shared.stall_clock(id),
             began_ns: ctx.now_ns(),
+            span: Span::current(),
         });
         let weak = Arc::downgrade(&conn);
         let bh = ctx.bh_new(move || {
@@ -415,26 +418,30 @@ impl Conn {
         lock(&self.outbox).in_flight += 1;
         let guard = RequestGuard { conn: Some(self.clone()) };
         let queued_ns = if tracing::enabled!(tracing::Level::DEBUG) { self.ctx.now_ns() } else { 0 };
-        Coroutine::new(move || {
+        let span = match queued_ns {
+            0 => Span::none(),
+            _ => debug_span!(
+                parent: &self.span,
+                "request",
+                conn = self.id,
+                export = self.export.name(),
+                cookie = h.cookie,
+                cmd = cmd_name(h.cmd),
+                offset = h.offset,
+                len = h.len
+            ),
+        };
+        let serve = move || {
             let conn = guard.conn.as_ref().expect("not completed yet");
             let mut batch = f(conn);
             batch.hold(reservation);
             if queued_ns != 0 {
                 let service_us = conn.ctx.now_ns().saturating_sub(queued_ns) / 1000;
-                let cmd = cmd_name(h.cmd);
-                debug!(
-                    conn = conn.id,
-                    cookie = h.cookie,
-                    cmd,
-                    h.offset,
-                    h.len,
-                    service_us,
-                    "request completed"
-                );
+                debug!(service_us, "request completed");
             }
             guard.complete(batch);
-        })
-        .enter();
+        };
+        Coroutine::builder().name("request").span(span).build(serve).enter();
     }
 
     /// Reads into `buf`, asking for holes first if that may pay, and makes the reply. Yields.

@@ -428,7 +428,7 @@ impl Reader {
     /// Answers a request with an error. May yield, to send.
     fn co_refuse(&mut self, h: &RequestHeader, e: RequestError, payload: u32) {
         let conn = self.conn.clone();
-        debug!(conn = conn.id, cookie = h.cookie, cmd = cmd_name(h.cmd), h.offset, h.len, errno = %e.errno, reason = %e, "request refused");
+        debug!(conn = conn.id, cookie = h.cookie, cmd = cmd_name(h.cmd), offset = h.offset, len = h.len, errno = %e.errno, reason = %e, "request refused");
         conn.put_error(&mut self.batch, conn.reply_to(h), e.errno, e.message);
         self.co_answered(payload.into());
     }

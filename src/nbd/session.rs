@@ -38,7 +38,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use tracing::{debug, info, warn};
+use tracing::{Span, debug, debug_span, field, info, warn};
 
 /// What the acceptor knows of a connection.
 pub(super) struct Accepted {
@@ -54,7 +54,11 @@ pub(super) fn start(shared: Arc<Shared>, accepted: Accepted) {
         shared.warn_no_room(&accepted.peer);
         return shared.session_ended(accepted.id, accepted.thread, false);
     }
-    Coroutine::new(move || co_session(&shared, accepted)).enter();
+    // At debug level only: entering a span costs something at every switch. What an operator reads has fields of its own.
+    let span = debug_span!("connection", conn = accepted.id, peer = accepted.peer, export = field::Empty);
+    let of_session = span.clone();
+    let session = move || co_session(&shared, accepted, of_session);
+    Coroutine::builder().name("session").span(span).build(session).enter();
 }
 
 /// Takes the connection off the books, however the session ends.
@@ -72,7 +76,7 @@ impl Drop for Live<'_> {
     }
 }
 
-fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
+fn co_session(shared: &Arc<Shared>, accepted: Accepted, span: Span) {
     let Accepted { id, fd, peer, thread } = accepted;
     let mut live = Live { shared, id, thread, served: false };
     let client = identify(&fd);
@@ -133,6 +137,7 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted) {
     counters.connections.add(1);
     shared.session_transmits(id, &negotiated.export);
 
+    span.record("export", negotiated.export.name());
     let conn = Conn::new(shared, &channel, &slot.ctx, counters.clone(), id, peer, *negotiated);
     info!(
         peer = conn.peer,

@@ -301,6 +301,37 @@ fn help_and_version_go_to_stdout() {
 }
 
 #[test]
+fn debug_events_of_a_request_say_whose_it_is() {
+    let (_dir, disk) = image(1 << 20);
+    let args = [
+        text(&disk),
+        "--listen",
+        "127.0.0.1:0",
+        "--export",
+        "e1",
+        "--log-format",
+        "json",
+        "--log-level",
+        "debug",
+    ];
+    let serving = Serving::start(&args, 1);
+    let uri = serving.uri().to_owned();
+    // A flush always runs in a coroutine of its own.
+    let ended = conbd(&["bench", &uri, "--count", "1", "--rw", "write", "--verify", "--destroy-data"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let (code, log) = serving.stop();
+    assert_eq!(code, Some(0), "{log}");
+    let events: Vec<serde_json::Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let done: Vec<_> = events.iter().filter(|e| e["message"] == "request completed").collect();
+    assert!(!done.is_empty(), "{log}");
+    let flush = done.iter().find(|e| e["span"]["cmd"] == "FLUSH").unwrap_or_else(|| panic!("{done:#?}"));
+    assert_eq!((&flush["span"]["name"], &flush["span"]["export"]), (&"request".into(), &"e1".into()));
+    assert!(flush["span"]["cookie"].is_u64(), "{flush}");
+    let left = events.iter().find(|e| e["message"] == "client disconnected").expect("it has");
+    assert_eq!((&left["export"], &left["span"]["export"]), (&"e1".into(), &"e1".into()), "{left}");
+}
+
+#[test]
 fn the_log_tells_of_the_server_and_not_of_its_libraries() {
     let (_dir, disk) = image(1 << 20);
     for (level, wanted) in [("info", true), ("debug", true), ("off", false)] {
