@@ -22,7 +22,7 @@ done
 if [ "${#missing[@]}" -gt 0 ]; then
     [ "$(id -u)" = 0 ] || { echo "kernel-test: run as root: apt-get install ${missing[*]}" >&2; exit 1; }
     apt-get update -qq
-    apt-get install -y -qq --no-install-recommends "${missing[@]}"
+    apt-get install -y -qq --no-install-recommends --no-remove "${missing[@]}"
 fi
 
 mkdir -p "$work"

@@ -40,7 +40,6 @@ mod nbd_tls;
 mod nbd_torture;
 mod nbd_transmission;
 mod nbd_transports;
-mod nbd_transports;
 mod pki;
 mod qcow2_node;
 mod qcow2_races;
