@@ -1400,8 +1400,18 @@ mod tests {
     #[test]
     fn the_examples_commented_values_are_the_defaults() {
         // What has no default is shown by an example.
-        let no_default =
-            ["size =", "cert =", "key =", "ca =", "crl =", "verify_client =", "psk =", "allow ="];
+        let no_default = [
+            "size =",
+            "cert =",
+            "key =",
+            "ca =",
+            "crl =",
+            "verify_client =",
+            "psk =",
+            "allow =",
+            "snapshot =",
+            "l2_cache =",
+        ];
         let text: String = uncommented()
             .lines()
             .filter(|line| !no_default.iter().any(|key| line.starts_with(key)))
