@@ -366,7 +366,7 @@ fn simple_replies_that_lie_end_the_connection() {
         let message = answered(false, cmd, lie).expect_err(word);
         assert!(message.contains(word), "{message}\nshould say {word}");
     };
-    check("though none were negotiated", NBD_CMD_READ, |r| data(DONE, r.cookie, 4096, 4096));
+    check("was not negotiated", NBD_CMD_READ, |r| data(DONE, r.cookie, 4096, 4096));
     check("no request of ours", NBD_CMD_FLUSH, |r| {
         SimpleReply { error: None, cookie: !r.cookie }.encode().to_vec()
     });

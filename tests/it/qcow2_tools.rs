@@ -5,9 +5,12 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// Runs in the image's folder: QEMU looks for an external data file from where it runs, we from where the image is.
 fn tool(program: &str, args: &[&str]) -> Output {
+    let image = args.iter().rev().map(Path::new).find(|a| a.is_absolute());
     Command::new(program)
         .args(args)
+        .current_dir(image.and_then(Path::parent).unwrap_or(Path::new("/")))
         .output()
         .unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"))
 }
@@ -198,7 +201,7 @@ fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
     bytes[t.block + 10..t.block + 14].fill(0);
     std::fs::write(&image, &bytes).unwrap();
     let reader = Serving::start(&[text(&image), "--read-only", "--listen", "127.0.0.1:0"], 1);
-    io("raw", reader.uri(), &["read -P 1 0 256k"]);
+    run("qemu-io", &["-r", "-f", "raw", "-c", "read -P 1 0 256k", reader.uri()]);
     assert_eq!(reader.stop().0, Some(0));
     assert_eq!(std::fs::read(&image).unwrap(), bytes, "reading changes nothing");
     let serving = Serving::start(&[text(&image), "--listen", "127.0.0.1:0"], 1);
