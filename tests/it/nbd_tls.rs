@@ -267,8 +267,6 @@ fn where_tls_is_a_choice_everything_else_works_in_the_clear_49() {
         .collect();
     assert_eq!(listed, ["open"], "what a client in the clear cannot have is not listed for it");
     assert_eq!(c.info(NBD_OPT_INFO, "open", &[]).last().unwrap().0, NBD_REP_ACK);
-    // Without extended headers, which the options above have switched on.
-    let mut c = t.haggle();
     c.go("open");
     // One of all the options was NBD_OPT_EXTENDED_HEADERS.
     c.extended = true;
