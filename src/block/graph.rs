@@ -11,6 +11,7 @@
 use super::chain;
 use super::file::{CacheMode, DiscardMode, FileNode, FileOptions};
 use super::lock_bytes::LockMode;
+use super::overlay;
 use super::probe::{ForeignFormat, PROBE_LEN, probe};
 use super::qcow2::{FormatError, Qcow2Error, Qcow2Node, SnapshotSel};
 use super::raw::RawNode;
@@ -110,6 +111,8 @@ pub struct OpenOptions {
     /// Show a raw file in whole sectors of 512 bytes, as QEMU does: what its last one lacks reads as zeroes, and a write to it
     /// makes the file longer. Empty files are shown then, too.
     pub whole_sectors: bool,
+    /// Open the image read-only, and keep what is written in a temporary overlay that is gone when the node is.
+    pub temporary: bool,
 }
 
 impl OpenOptions {
@@ -130,6 +133,7 @@ impl OpenOptions {
             l2_cache: None,
             bitmaps: Vec::new(),
             whole_sectors: false,
+            temporary: false,
         }
     }
 }
@@ -144,6 +148,14 @@ pub enum OpenError {
     NotFound {
         /// Path as given.
         path: PathBuf,
+    },
+    /// The file for a temporary overlay cannot be made.
+    #[error("cannot make a temporary overlay in {folder:?}: {source}; set TMPDIR to a folder with room")]
+    Overlay {
+        /// Where.
+        folder: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The file may not be opened that way.
     #[error("no permission to open image {path:?} for {how}; {hint}", how = how(*read_only), hint = hint(*read_only))]
@@ -358,6 +370,7 @@ impl OpenError {
             OpenError::Qcow2Format { source, .. } => source.errno(),
             OpenError::Qcow2 { source, .. } => source.errno(),
             OpenError::Backing { source, .. } | OpenError::DataFile { source, .. } => source.errno(),
+            OpenError::Overlay { source, .. } => source.raw_os_error().unwrap_or(libc::EINVAL),
             OpenError::InUse { .. } => libc::EBUSY,
             OpenError::ChainLoop { .. } => libc::ELOOP,
             OpenError::Chain { .. } | OpenError::NoBackingFormat { .. } | OpenError::NotQcow2 { .. } => {
@@ -376,6 +389,11 @@ impl OpenError {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
+    if options.temporary {
+        let copy = options.clone();
+        return co::run_to_end(move || co_open(&copy))
+            .map_err(|source| OpenError::Io { path: options.filename.clone(), source })?;
+    }
     let (file, qcow2) = open_file(options)?;
     if !qcow2 {
         return raw(options, file);
@@ -404,6 +422,10 @@ pub fn co_open_qcow2(options: &OpenOptions) -> Result<Arc<Qcow2Node>, OpenError>
 /// # Errors
 /// See [`OpenError`].
 pub fn co_open(options: &OpenOptions) -> Result<Arc<dyn BlockNode>, OpenError> {
+    if options.temporary {
+        let below = OpenOptions { temporary: false, read_only: true, ..options.clone() };
+        return Ok(overlay::co_overlay(options, co_open(&below)?)?);
+    }
     let (file, qcow2) = co::co_run_blocking(|| open_file(options))?;
     if !qcow2 {
         return raw(options, file);

@@ -28,6 +28,7 @@ mod iov;
 mod lock_bytes;
 mod memory;
 mod null;
+mod overlay;
 mod probe;
 pub mod qcow2;
 mod quick_writes;

@@ -95,7 +95,7 @@ pub(super) const OPTIONS: &[Opt] = &[
         "format of the image (raw); without it, the first bytes are looked at",
     ),
     opt('r', "read-only", None, "refuse writes"),
-    opt('s', "snapshot", None, "keep writes in a temporary overlay (qcow2)"),
+    opt('s', "snapshot", None, "keep writes in a temporary overlay"),
     opt('l', "load-snapshot", Some("SNAPSHOT"), "export an internal snapshot, read-only (qcow2)"),
     opt('n', "nocache", None, "the same as --cache=none"),
     opt(
@@ -606,9 +606,6 @@ fn image_options(o: &Options, image: &Image) -> Result<(OpenOptions, DetectZeroe
         }
         Some(format) => return opened(format!("Unknown driver '{format}'")),
     };
-    if o.snapshot {
-        return error("-s needs qcow2 for its temporary overlay, which is not offered yet");
-    }
     let snapshot = match o.load_snapshot.as_deref() {
         None => None,
         Some(text) if text.starts_with("snapshot.") => {
@@ -685,6 +682,7 @@ fn image_options(o: &Options, image: &Image) -> Result<(OpenOptions, DetectZeroe
         offset,
         size,
         whole_sectors: true,
+        temporary: o.snapshot,
         ..OpenOptions::new(&image.filename)
     };
     Ok((open, detect))

@@ -186,7 +186,6 @@ fn what_is_not_offered_says_so() {
     for (args, words) in [
         (&["-c", "/dev/nbd0", "disk.raw"][..], &["-c is not offered", "nbd-client"][..]),
         (&["-d", "/dev/nbd0"], &["-d is not offered", "nbd-client -d"]),
-        (&["-s", "-f", "raw", "disk.raw"], &["-s needs qcow2"]),
         (&["--object", "tls-creds-anon,id=a,endpoint=server", "disk.raw"], &["not offered"]),
         (&["nbd://localhost/"], &["only files and block devices"]),
     ] {
@@ -571,4 +570,80 @@ fn large_requests_and_many_clients_work_over_tcp() {
                   h.pwrite(b,0)\nassert h.pread(50000000,0)==b\nh.flush()";
     python(script, &[&uri]).ok();
     run("nbdcopy", &["--connections=8", &uri, "null:"]).ok();
+}
+
+/// `-s`: what is written is read again, through every client, and gone with the server; the image is as it was.
+#[test]
+fn a_temporary_overlay_keeps_writes_until_the_end() {
+    let place = Place::new(1 << 20);
+    let data = noise(1 << 20, 11);
+    std::fs::write(place.path("disk.raw"), &data).unwrap();
+    run("qemu-img", &["convert", "-O", "qcow2", &place.text("disk.raw"), &place.text("disk.qcow2")]).ok();
+    for (format, file) in [("raw", "disk.raw"), ("qcow2", "disk.qcow2")] {
+        let before = std::fs::read(place.path(file)).unwrap();
+        let mut command = place.ours();
+        command.env("TMPDIR", place.dir.path());
+        let server = place.start(command, "s", &["-s", "-t", "-e", "4", "-f", format, file]);
+        let uri = place.uri("s");
+        let args = ["-f", "raw", "-c", "write -P 7 4k 8k", "-c", "write -z 512k 64k", "-c", "flush", &uri];
+        run("qemu-io", &args).ok();
+        run("qemu-io", &["-f", "raw", "-c", "read -P 7 4k 8k", "-c", "read -P 0 512k 64k", &uri]).ok();
+        let copy = place.text("copy.raw");
+        run("nbdcopy", &[&uri, &copy]).ok();
+        let mut want = data.clone();
+        want[4096..12288].fill(7);
+        want[512 << 10..576 << 10].fill(0);
+        assert!(std::fs::read(&copy).unwrap() == want, "{format}");
+        let there = std::fs::read_dir(place.dir.path()).unwrap().map(|e| e.unwrap().file_name());
+        let overlays: Vec<_> = there.filter(|name| name.to_string_lossy().contains("overlay")).collect();
+        assert!(overlays.is_empty(), "the overlay has no name: {overlays:?}");
+        server.signal(Signal::TERM);
+        assert_eq!(server.end().0, Some(0));
+        assert!(std::fs::read(place.path(file)).unwrap() == before, "{format}: the image was changed");
+    }
+}
+
+/// qcow2 under the personality: written by our server, judged by QEMU's tools; snapshots, bitmaps and depth are shown.
+#[test]
+fn qcow2_images_are_served_with_what_they_hold() {
+    let place = Place::new(1 << 20);
+    let image = place.text("disk.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "8M"]).ok();
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 1 0 256k", &image]).ok();
+    run("qemu-img", &["snapshot", "-c", "before", &image]).ok();
+    run("qemu-img", &["bitmap", "--add", &image, "b0"]).ok();
+    let uri = place.uri("s");
+
+    let server = place.start(place.ours(), "s", &["-t", "-f", "qcow2", &image]);
+    run(
+        "qemu-io",
+        &["-f", "raw", "-c", "write -P 2 64k 128k", "-c", "write -P 3 6M 64k", "-c", "flush", &uri],
+    )
+    .ok();
+    server.signal(Signal::TERM);
+    assert_eq!(server.end().0, Some(0));
+    run("qemu-img", &["check", &image]).ok();
+    let reads = ["read -P 1 0 64k", "read -P 2 64k 128k", "read -P 1 192k 64k", "read -P 3 6M 64k"];
+    let mut args = vec!["-f", "qcow2"];
+    reads.iter().for_each(|r| args.extend(["-c", r]));
+    args.push(&image);
+    run("qemu-io", &args).ok();
+
+    let server = place.start(place.ours(), "s", &["-r", "-t", "-f", "qcow2", "-l", "before", &image]);
+    run("qemu-io", &["-r", "-f", "raw", "-c", "read -P 1 0 256k", "-c", "read -P 0 6M 64k", &uri]).ok();
+    server.signal(Signal::TERM);
+    assert_eq!(server.end().0, Some(0));
+
+    // Enabled bitmaps need a writable export, as with the real one.
+    let server = place.start(place.ours(), "s", &["-t", "-A", "-B", "b0", "-f", "qcow2", &image]);
+    let map = run("nbdinfo", &["--map=qemu:dirty-bitmap:b0", &uri]).ok();
+    let dirty = |offset: &str| {
+        map.lines().any(|l| l.split_whitespace().next() == Some(offset) && l.contains("dirty"))
+    };
+    assert!(dirty("65536") && dirty("6291456"), "{map}");
+    let depth = run("nbdinfo", &["--map=qemu:allocation-depth", &uri]).ok();
+    assert!(depth.lines().next().is_some_and(|l| l.contains("local")), "{depth}");
+    server.signal(Signal::TERM);
+    assert_eq!(server.end().0, Some(0));
+    run("qemu-img", &["check", &image]).ok();
 }
