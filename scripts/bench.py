@@ -818,7 +818,7 @@ def main():
             before, rest = f.read().split(MARKS[0])
         after = rest.split(MARKS[1])[1]
         with open(page, "w") as f:
-            f.write(before + MARKS[0] + "\n\n" + text + "\n" + MARKS[1] + after)
+            f.write(before + MARKS[0] + "\n\n![rate as a multiple of the best peer's](bench.svg)\n\n" + text + "\n" + MARKS[1] + after)
     print("\n" + text if not whole else f"\nwrote docs/performance.md, docs/bench.json, docs/bench.svg")
     losing = [s["title"] for s in summaries if "loses" in verdict(s)]
     print(f"{len(summaries)} rows in {about['took']}; behind a peer: {', '.join(losing) or 'none'}")
