@@ -3,8 +3,8 @@
 //! ```text
 //!   Qcow2Node over a file in TMPDIR that has no name any more ── backing ──▶ the image, opened read-only
 //! ```
-//! The file is gone with its last descriptor, also after a crash. Flushes cost what they cost for any qcow2 image, though
-//! nothing outlives the process: the page cache of the overlay is not asked to be durable.
+//! The file is gone with its last descriptor, also after a crash. Since nothing of it outlives the process, it is never
+//! synced: a flush ends in the page cache.
 
 use super::file::{CacheMode, FileNode, FileOptions};
 use super::graph::{OpenError, OpenOptions};
@@ -30,7 +30,7 @@ fn folder() -> PathBuf {
 /// Puts an empty overlay over `image`. Coroutine only; yields.
 ///
 /// # Errors
-/// `Overlay`: the temporary file cannot be made. `Window` for an image whose size is not a multiple of 512 bytes.
+/// `Overlay`: the temporary file cannot be made, or the image's size is not a multiple of 512 bytes.
 pub(super) fn co_overlay(
     options: &OpenOptions,
     image: Arc<dyn BlockNode>,
