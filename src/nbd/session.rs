@@ -110,6 +110,10 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted, span: Span) {
                         warn!(peer, conn = id, %reason, suppressed, "TLS is not up");
                     });
                 }
+                // Who cuts it, a stop or a policy, has said so.
+                HandshakeEnd::Io(error) if stream.is_interrupted() => {
+                    debug!(peer, conn = id, %error, "connection cut during negotiation");
+                }
                 HandshakeEnd::Io(error) => {
                     shared.warn_limited(|suppressed| {
                         warn!(peer, conn = id, %error, suppressed, "connection lost during negotiation");
