@@ -8,7 +8,7 @@ CONTAINER ?= $(firstword $(foreach e,docker podman buildah,$(if $(shell command 
 IMAGE ?= conbd:latest
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test build-deps test-deps test-kernel quick fuzz checklist fmt lint doc man bench bench-micro docker clean
+.PHONY: help build run test build-deps test-deps test-kernel test-container quick fuzz checklist fmt lint doc man bench bench-micro docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ man: build-deps ## Regenerate man/ from the command line's definitions and confi
 
 test-kernel: build ## A real Linux kernel and QEMU as clients, in an emulated machine (downloads a kernel)
 	@scripts/kernel-test.sh
+
+test-container: build-deps ## The Dockerfile, both stages, with buildah on stand-in bases (as root; minutes; a Debian mirror)
+	@scripts/container-test.sh
 
 bench: build ## Compare with the other NBD servers installed, side by side; QUICK=1 for two minutes (docs/performance.md)
 	@scripts/bench.py

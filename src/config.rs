@@ -571,7 +571,7 @@ pub enum ConfigError {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 struct FileTable {
     server: ServerTable,
     limits: LimitsTable,
@@ -581,7 +581,7 @@ struct FileTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 struct ServerTable {
     listen: Option<Vec<Spanned<String>>>,
     socket: Option<Vec<Spanned<PathBuf>>>,
@@ -595,7 +595,7 @@ struct ServerTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 struct LimitsTable {
     max_connections: Option<Spanned<usize>>,
     handshake_timeout: Option<Span>,
@@ -609,7 +609,7 @@ struct LimitsTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 struct TlsTable {
     mode: Option<Tls>,
     cert: Option<PathBuf>,
@@ -621,7 +621,7 @@ struct TlsTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 struct LogTable {
     level: Option<Spanned<String>>,
     format: Option<LogFormat>,

@@ -12,7 +12,7 @@
 //! generation of each block and keeps two requests off the same block. See [`verify`].
 
 use super::drive::co_drive;
-use super::{EXIT_FAILURE, EXIT_OK, EXIT_VERIFY, Failure, with_sources, write_out};
+use super::{EXIT_FAILURE, EXIT_OK, EXIT_VERIFY, Failure, client_failure, with_sources, write_out};
 use crate::aio::{AioConfig, AioContext, IoThread};
 use crate::co::{Coroutine, co_sleep_ns};
 use crate::config::{Size, Span};
@@ -657,7 +657,7 @@ fn connect_all(
         match outcome {
             Ok(client) => clients.push((i, client, context)),
             Err(e) if failure.is_none() => {
-                failure = Some(Failure::failed(format!("{uri}: {}", with_sources(&e))));
+                failure = Some(client_failure(uri, &e));
             }
             Err(_) => {}
         }

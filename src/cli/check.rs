@@ -1,12 +1,16 @@
 //! `conbd check IMAGE`: checks a qcow2 image that nobody uses, and repairs it; exit codes as `qemu-img check`.
 
 use super::{Failure, run_coroutine, with_sources, write_out};
-use crate::block::qcow2::check::{CheckReport, Repair, co_check};
+use crate::block::qcow2::FormatError;
+use crate::block::qcow2::check::{CheckError, CheckReport, Repair, co_check};
 use crate::block::{FileNode, FileOptions};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::fmt::Write as _;
 use std::path::PathBuf;
+
+/// Exit code for an image of a format without checks; the same as `qemu-img check`.
+const EXIT_NO_CHECKS: u8 = 63;
 
 /// What is repaired.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -23,7 +27,7 @@ enum RepairArg {
 /// of the host at any moment.
 ///
 /// Exits with 0 when all is right (or was repaired), 1 when it could not be checked, 2 when it is corrupt, 3 when it only
-/// has leaks: as qemu-img check does.
+/// has leaks, 63 when it is not qcow2: as qemu-img check does.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  conbd check disk.qcow2\n  conbd check disk.qcow2 --repair all --json")]
 pub(crate) struct CheckArgs {
@@ -50,7 +54,16 @@ pub(crate) fn run(args: &CheckArgs) -> Result<u8, Failure> {
     let file = FileNode::open(&options).map_err(|e| Failure::failed(with_sources(&e)))?;
     let report = run_coroutine(move || co_check(&file, repair))
         .map_err(|e| Failure::failed(format!("cannot start an event loop: {e}")))?
-        .map_err(|e| Failure::failed(format!("image {:?}: {e}", args.image)))?;
+        .map_err(|e| match e {
+            CheckError::Format(FormatError::NotQcow2) => Failure {
+                code: EXIT_NO_CHECKS,
+                message: format!(
+                    "image {:?} is not qcow2: only qcow2 images have something to check (a raw one is all data)",
+                    args.image
+                ),
+            },
+            e => Failure::failed(format!("image {:?}: {e}", args.image)),
+        })?;
     let text = if args.json { as_json(args, &report) } else { as_text(&report) };
     write_out(&text)?;
     Ok(report.exit_code())

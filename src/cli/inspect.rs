@@ -2,7 +2,7 @@
 //!
 //! Runs one negotiation in a coroutine on the main thread's AioContext.
 
-use super::{EXIT_OK, Failure, run_coroutine, with_sources, write_out};
+use super::{EXIT_OK, Failure, client_failure, run_coroutine, with_sources, write_out};
 use crate::nbd::access::TlsPeer;
 use crate::nbd::client::{Client, ClientError, ExportInfo, ListEntry, Negotiation, Uri};
 use crate::nbd::proto::{NBD_OPT_INFO, NBD_REP_ERR_UNSUP, TransmissionFlags};
@@ -20,7 +20,8 @@ const DETAILS_MAX: usize = 1000;
 ///
 /// With the path of an image, tells its format, sizes, features, snapshots, bitmaps and backing chain. No lock is taken.
 ///
-/// Exits with 0 when the server answered and the export is there, with 1 when not: fit for a health check.
+/// Exits with 0 when the server answered and the export is there (of several, when it tells about one), with 1 when not: fit
+/// for a health check.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  conbd inspect nbd://localhost/\n  conbd inspect 'nbd+unix:///disk?socket=/run/disk.sock' --json\n  conbd inspect disk.qcow2"
@@ -41,6 +42,12 @@ struct Details {
     contexts: Vec<String>,
 }
 
+/// An export of the server's list that it refuses to tell this client about.
+struct Withheld {
+    name: String,
+    why: String,
+}
+
 struct Report {
     fixed: bool,
     tls: Option<TlsPeer>,
@@ -49,6 +56,7 @@ struct Report {
     /// None when the server does not list exports.
     list: Option<Vec<ListEntry>>,
     exports: Vec<Details>,
+    withheld: Vec<Withheld>,
 }
 
 pub(crate) fn run(args: &InspectArgs) -> Result<u8, Failure> {
@@ -59,7 +67,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<u8, Failure> {
     let asked = uri.clone();
     let report = run_coroutine(move || co_inspect(&asked))
         .map_err(|e| Failure::failed(format!("cannot start an event loop: {e}")))?
-        .map_err(|e| Failure::failed(format!("{uri}: {}", with_sources(&e))))?;
+        .map_err(|e| client_failure(&uri, &e))?;
     let text = if args.json { format!("{:#}\n", as_json(&uri, &report)) } else { as_text(&uri, &report) };
     write_out(&text)?;
     Ok(EXIT_OK)
@@ -74,6 +82,7 @@ fn co_inspect(uri: &Uri) -> Result<Report, ClientError> {
         extended: false,
         list: None,
         exports: Vec::new(),
+        withheld: Vec::new(),
     };
     if !report.fixed {
         report.exports.push(co_by_connecting(negotiation, &uri.export)?);
@@ -105,6 +114,7 @@ fn co_ask(negotiation: &mut Negotiation, uri: &Uri, report: &mut Report) -> Resu
         }
     }
     names.truncate(DETAILS_MAX);
+    let mut refused = None;
     for name in &names {
         let info = match negotiation.co_info(name) {
             Ok(info) => info,
@@ -112,6 +122,12 @@ fn co_ask(negotiation: &mut Negotiation, uri: &Uri, report: &mut Report) -> Resu
                 // An old server: the only way to learn more is to choose the export, on a connection of its own.
                 let details = co_by_connecting(Negotiation::co_open_uri(uri)?, name)?;
                 report.exports.push(details);
+                continue;
+            }
+            // What others may have (other TLS, other clients, a full house) does not hide the rest.
+            Err(e @ ClientError::Refused { .. }) => {
+                report.withheld.push(Withheld { name: name.clone(), why: with_sources(&e) });
+                refused.get_or_insert(e);
                 continue;
             }
             Err(e) => return Err(e),
@@ -122,6 +138,9 @@ fn co_ask(negotiation: &mut Negotiation, uri: &Uri, report: &mut Report) -> Resu
             Some(Err(e)) => return Err(e),
         };
         report.exports.push(Details { info, contexts });
+    }
+    if let Some(e) = refused.filter(|_| report.exports.is_empty()) {
+        return Err(e);
     }
     // Last: they cannot be switched off again. A server that does not know them has told everything else already.
     report.extended = negotiation.co_extended_headers().unwrap_or(false);
@@ -166,6 +185,7 @@ fn as_json(uri: &Uri, report: &Report) -> Value {
                 "contexts": contexts,
             })
         })
+        .chain(report.withheld.iter().map(|w| json!({ "name": w.name, "error": w.why })))
         .collect();
     json!({
         "uri": uri.to_string(),
@@ -206,8 +226,9 @@ fn as_text(uri: &Uri, report: &Report) -> String {
     }
     if let Some(list) = &report.list {
         let _ = writeln!(out, "exports listed: {}", list.len());
-        if list.len() > report.exports.len() {
-            let _ = writeln!(out, "only the first {} are shown", report.exports.len());
+        let shown = report.exports.len() + report.withheld.len();
+        if list.len() > shown {
+            let _ = writeln!(out, "only the first {shown} are shown");
         }
     }
     for Details { info, contexts } in &report.exports {
@@ -234,6 +255,9 @@ fn as_text(uri: &Uri, report: &Report) -> String {
             let contexts: Vec<_> = contexts.iter().map(|c| c.replace(char::is_control, "\u{fffd}")).collect();
             let _ = writeln!(out, "  contexts: {}", contexts.join(" "));
         }
+    }
+    for Withheld { name, why } in &report.withheld {
+        let _ = writeln!(out, "export {}: {}", shown(name), why.replace(char::is_control, "\u{fffd}"));
     }
     out
 }

@@ -16,6 +16,7 @@ mod qemu_nbd;
 mod qemu_opts;
 mod serve;
 
+use crate::nbd::client::{ClientError, Uri};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -110,6 +111,18 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// What went wrong with the server at `uri`, and what to look at when nobody is there.
+pub(crate) fn client_failure(uri: &Uri, error: &ClientError) -> Failure {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    let advice = match error {
+        ClientError::Connect { source, .. } if matches!(source.kind(), ConnectionRefused | NotFound) => {
+            "; is the server running, and is this where it listens?"
+        }
+        _ => "",
+    };
+    Failure::failed(format!("{uri}: {}{advice}", with_sources(error)))
 }
 
 pub(crate) use crate::co::run_to_end as run_coroutine;

@@ -87,6 +87,11 @@ fn our_server_tells_everything() {
     assert_eq!(ended.code, Some(1), "a health check fails when nobody is there");
     assert!(ended.error_line().contains("Connection refused"), "{}", ended.stderr);
     assert_eq!(conbd(&["inspect", "nbds://x/?tls-type=psk"]).code, Some(2));
+    for tool in ["inspect", "bench"] {
+        let ended = conbd(&[tool, "nbd+unix:///?socket=/nowhere/s"]);
+        assert_eq!(ended.code, Some(1));
+        assert!(ended.error_line().contains("is the server running"), "{ended:?}");
+    }
 }
 
 #[test]
@@ -123,4 +128,28 @@ fn nbdkit_is_understood_with_and_without_modern_options() {
     assert_eq!(report["exports"][0]["size"], 2 << 20);
     let ended = conbd(&["bench", &uri, "--count", "100", "--rw", "50", "--destroy-data", "--verify"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn an_export_that_is_refused_does_not_hide_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("k.sock");
+    let list = "list_exports=printf 'closed\\nopen\\n'";
+    let open = r#"open=if [ "$3" = closed ]; then echo 'EPERM not for you' >&2; exit 1; fi"#;
+    let more = ["get_size=echo 1048576", "pread=exit 1"];
+    let _peer =
+        peer("nbdkit", &[&["-f", "-U", text(&socket), "eval", list, open], &more[..]].concat(), &socket);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let report = inspect(&uri);
+    assert_eq!(report["listed"], 2);
+    let exports = report["exports"].as_array().unwrap();
+    assert_eq!(exports.len(), 2);
+    assert_eq!((&exports[0]["name"], &exports[0]["size"]), (&"open".into(), &(1 << 20).into()));
+    assert_eq!(exports[1]["name"], "closed");
+    assert!(exports[1]["error"].as_str().unwrap().contains("refused INFO"), "{report}");
+    let told = conbd(&["inspect", &uri]);
+    assert!(told.stdout.contains("export \"closed\": the server refused INFO"), "{}", told.stdout);
+    // Asked for by name it is what counts.
+    let ended = conbd(&["inspect", &format!("nbd+unix:///closed?socket={}", socket.display())]);
+    assert_eq!(ended.code, Some(1));
 }

@@ -84,6 +84,7 @@ fn every_wrong_value_is_refused_with_its_place_and_advice() {
     refused("[server]\n  lissten = []\n", "2:3", &["unknown field `lissten`", "`listen`", "conbd.toml(5)"]);
     refused("[sever]\n", "1:2", &["unknown field `sever`", "`server`"]);
     refused("[server]\nlisten = '127.0.0.1:1'\n", "2:10", &["expected a sequence"]);
+    refused("server = 3\n", "1:10", &["expected a table", "conbd.toml(5)"]);
     refused(
         "[server]\nlisten = ['a:1', 'b']\n",
         "2:18",

@@ -1,6 +1,6 @@
 //! The tools around qcow2 images, against QEMU's: `create`, `check`, `resize`, `inspect`, and what `serve` opens.
 
-use crate::cli_harness::{Serving, conbd, text};
+use crate::cli_harness::{Serving, conbd, image, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -117,6 +117,10 @@ type Edits = Vec<(usize, Vec<u8>)>;
 
 #[test]
 fn check_finds_what_qemu_finds_and_repair_mends_it() {
+    let (_dir, raw) = image(1 << 20);
+    let ended = conbd(&["check", text(&raw)]);
+    assert_eq!(ended.code, tool("qemu-img", &["check", text(&raw)]).status.code());
+    assert!(ended.error_line().contains("only qcow2 images have something to check"), "{ended:?}");
     let dir = tempfile::tempdir().unwrap();
     let good = dir.path().join("good.qcow2");
     run("qemu-img", &["create", "-q", "-f", "qcow2", text(&good), "64M"]);
