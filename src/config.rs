@@ -489,6 +489,8 @@ pub struct ExportConfig {
     pub allocation_depth: bool,
     /// Connections at once; 0: no limit but the server's.
     pub max_connections: usize,
+    /// The image is made at least this large, when it is opened and at a reload.
+    pub grow_to: Option<Size>,
 }
 
 impl ExportConfig {
@@ -514,6 +516,7 @@ impl ExportConfig {
             bitmaps: Vec::new(),
             allocation_depth: false,
             max_connections: 0,
+            grow_to: None,
         }
     }
 
@@ -648,6 +651,7 @@ struct ExportTable {
     bitmaps: Option<Vec<String>>,
     allocation_depth: Option<bool>,
     max_connections: Option<Spanned<usize>>,
+    grow_to: Option<Spanned<Size>>,
 }
 
 /// Flags of `conbd serve`.
@@ -687,6 +691,10 @@ pub struct ServeFlags {
     /// How much of the image is exported, such as 10G [default: up to its end]
     #[arg(long, value_name = "SIZE", requires = "image")]
     pub size: Option<Size>,
+
+    /// Make the image at least this large before it is served, such as 20G; it is never made smaller
+    #[arg(long, value_name = "SIZE", requires = "image")]
+    pub grow_to: Option<Size>,
 
     /// qcow2: serve this internal snapshot (its id or name), read-only
     #[arg(long, value_name = "SNAPSHOT", requires = "image")]
@@ -973,6 +981,7 @@ impl Config {
             export.description = flags.description.clone().unwrap_or_default();
             export.offset = flags.offset.unwrap_or(Size(0));
             export.size = flags.size;
+            export.grow_to = flags.grow_to;
             if !flags.allow.is_empty() {
                 match AllowList::parse(&flags.allow) {
                     Ok(list) => export.allow = Some(list),
@@ -1003,6 +1012,14 @@ impl Config {
             export.l2_cache = flags.l2_cache.or(export.l2_cache);
             export.allocation_depth |= flags.allocation_depth;
             export.max_connections = flags.export_max_connections.unwrap_or(export.max_connections);
+        }
+        for export in self.exports.iter().filter(|e| e.grow_to.is_some()) {
+            if export.read_only || export.snapshot.is_some() {
+                return flag_error(format!(
+                    "export \"{}\": grow_to makes an image larger, and this one is served read-only; leave one of them out",
+                    export.name
+                ));
+            }
         }
         self.apply_tls(flags)?;
         if self.exports.is_empty() {
@@ -1240,6 +1257,7 @@ fn check_exports(
         export.l2_cache = table.l2_cache;
         export.bitmaps = table.bitmaps.unwrap_or_default();
         export.allocation_depth = table.allocation_depth.unwrap_or(false);
+        export.grow_to = table.grow_to.map(Spanned::into_inner);
         exports.push(export);
     }
     Ok(exports)

@@ -27,7 +27,7 @@ use crate::block::qcow2::SnapshotSel;
 use crate::block::{self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions};
 use crate::co;
 use crate::config::{
-    Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, check_filter, parse_vsock,
+    Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, ServeFlags, check_filter, parse_vsock,
 };
 use crate::nbd::access::TlsMode;
 use crate::nbd::client::{Uri, UriTls};
@@ -35,6 +35,7 @@ use crate::nbd::export::{Export, ExportError, ExportOptions, ExportTable};
 use crate::nbd::proto::{NBD_CMD_READ, NBD_CMD_WRITE};
 use crate::nbd::server::{EndWhen, ListenAddr, NbdStats, Server, ServerConfig, ServerError, ServerTls};
 use crate::nbd::tls::{TlsError, TlsServerConfig};
+use crate::reload::{self, Reloader};
 use crate::telemetry::{self, LogGuard};
 use crate::util::fast::FastPaths;
 use crate::util::{sys, systemd};
@@ -191,11 +192,12 @@ pub fn take_signals(reap: bool) -> Result<OwnedFd, DaemonError> {
     Ok(signal_fd)
 }
 
-/// Serves until a signal ends it. Must be called before the process has another thread.
+/// Serves until a signal ends it; `flags` are those that `config` was made with, for reading it again. Must be called before
+/// the process has another thread.
 ///
 /// # Errors
 /// Whatever keeps it from starting; a running daemon does not fail.
-pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
+pub fn serve(config: &Config, flags: &ServeFlags) -> Result<Outcome, DaemonError> {
     let passed = systemd::take_sockets().map_err(DaemonError::Passed)?;
     let signal_fd = take_signals(config.run.command.is_none())?;
     let stdio = if config.run.stdio { Some(Stdio::take()?) } else { None };
@@ -241,7 +243,10 @@ pub fn serve(config: &Config) -> Result<Outcome, DaemonError> {
         exports: Box::new(|| open_exports(config)),
         server,
         grace: config.server.shutdown_timeout,
-        hup_stops: false,
+        on_hup: OnHup::Reload(Reloader::new(config.clone(), {
+            let flags = flags.clone();
+            Box::new(move || Config::load(&flags))
+        })),
         command: config.run.command.clone(),
         ready: Box::new(move |server| {
             if let Some(path) = &pid_file {
@@ -282,6 +287,15 @@ pub type OpenExports<'a> = Box<dyn FnOnce() -> Result<Vec<Arc<Export>>, DaemonEr
 /// Called once clients can connect; an error stops the service again.
 pub type OnReady<'a> = Box<dyn FnOnce(&Server) -> Result<(), DaemonError> + 'a>;
 
+/// What SIGHUP does.
+#[derive(Clone)]
+pub enum OnHup {
+    /// It stops, as SIGTERM does.
+    Stop,
+    /// It takes up what has changed.
+    Reload(Arc<Reloader>),
+}
+
 /// A server with its threads, from the start to the end: what `serve` and `qemu-nbd` have in common.
 pub struct Service<'a> {
     /// Threads.
@@ -292,8 +306,8 @@ pub struct Service<'a> {
     pub server: ServerConfig,
     /// How long a stop may take.
     pub grace: Duration,
-    /// SIGHUP stops, too.
-    pub hup_stops: bool,
+    /// What SIGHUP does.
+    pub on_hup: OnHup,
     /// Shell command that is run once clients can connect; its end stops the service.
     pub command: Option<String>,
     /// What is done once clients can connect.
@@ -337,7 +351,7 @@ impl Service<'_> {
         let contexts = threads.iter().map(|t| Arc::clone(t.context())).collect();
         let server = Server::start(self.server, table, contexts, &main).map_err(DaemonError::Server)?;
         let daemon = Daemon { server, threads, main, grace: self.grace };
-        daemon.run(signal_fd, log, self.hup_stops, self.command, self.ready)
+        daemon.run(signal_fd, log, self.on_hup, self.command, self.ready)
     }
 }
 
@@ -354,11 +368,11 @@ impl Daemon {
         self,
         signal_fd: OwnedFd,
         log: &Arc<LogGuard>,
-        hup_stops: bool,
+        on_hup: OnHup,
         command: Option<String>,
         ready: OnReady<'_>,
     ) -> Result<Outcome, DaemonError> {
-        let heard = Arc::new(Heard { stops: AtomicU32::new(0), hup_stops });
+        let heard = Arc::new(Heard { stops: AtomicU32::new(0), on_hup: on_hup.clone() });
         let signal_fd = Arc::new(signal_fd);
         let contexts: Vec<Arc<AioContext>> = self.threads.iter().map(|t| Arc::clone(t.context())).collect();
         let handler = {
@@ -382,6 +396,10 @@ impl Daemon {
         }
         if let Err(error) = systemd::notify("STOPPING=1") {
             warn!(%error, "the supervisor cannot be told that the server stops (NOTIFY_SOCKET)");
+        }
+        // A reload that waits for requests gives up, and lets those go on that wait for it.
+        if let OnHup::Reload(reloader) = &on_hup {
+            reloader.stop();
         }
         let report = self.server.shutdown(self.grace);
         let unclosed = close_images(&self.server);
@@ -641,11 +659,17 @@ fn write_stdout(text: &str) -> Result<(), DaemonError> {
 /// What the signal handler tells the main loop.
 struct Heard {
     stops: AtomicU32,
-    hup_stops: bool,
+    on_hup: OnHup,
 }
 
 /// Handles the signals that are pending. Runs on the main thread, from its event loop.
-fn on_signals(fd: &OwnedFd, heard: &Heard, log: &LogGuard, server: &Server, contexts: &[Arc<AioContext>]) {
+fn on_signals(
+    fd: &OwnedFd,
+    heard: &Heard,
+    log: &LogGuard,
+    server: &Arc<Server>,
+    contexts: &[Arc<AioContext>],
+) {
     loop {
         let signal = match sys::read_signal(fd.as_fd()) {
             Ok(Some(signal)) => signal,
@@ -655,13 +679,13 @@ fn on_signals(fd: &OwnedFd, heard: &Heard, log: &LogGuard, server: &Server, cont
                 return;
             }
         };
-        match signal.signo {
-            libc::SIGUSR1 => log_counters(server, contexts, "iothread counters"),
-            libc::SIGHUP if !heard.hup_stops => warn!(
-                pid = signal.pid,
-                "SIGHUP: reloading is not supported yet; restart to apply a changed configuration"
-            ),
-            signo => {
+        match (signal.signo, &heard.on_hup) {
+            (libc::SIGUSR1, _) => log_counters(server, contexts, "iothread counters"),
+            (libc::SIGHUP, OnHup::Reload(reloader)) => {
+                info!(pid = signal.pid, "SIGHUP: reloading");
+                reloader.request(server);
+            }
+            (signo, _) => {
                 let name = match signo {
                     libc::SIGINT => "SIGINT",
                     libc::SIGHUP => "SIGHUP",
@@ -959,8 +983,13 @@ fn open_image(export: &ExportConfig, only_check: bool) -> Result<Arc<BlockBacken
         bitmaps: export.bitmaps.clone(),
         ..OpenOptions::new(&export.image)
     };
-    match block::open(&options) {
-        Ok(root) => Ok(BlockBackend::new(root)),
-        Err(source) => Err(DaemonError::Image { export: export.name.clone(), source }),
+    let root =
+        block::open(&options).map_err(|source| DaemonError::Image { export: export.name.clone(), source })?;
+    let backend = BlockBackend::new(root);
+    if let Some(size) = export.grow_to.filter(|_| !only_check) {
+        reload::resize(&backend, size.0).map_err(|why| {
+            DaemonError::Said(format!("export \"{}\": grow_to = {}: {why}", export.name, size.0))
+        })?;
     }
+    Ok(backend)
 }

@@ -1,7 +1,7 @@
 //! conbd: a network block device server with QEMU's block-layer design, made multi-threaded.
 //!
 //! ```text
-//! main → cli → daemon → { config, telemetry, nbd, block, co, aio }
+//! main → cli → daemon → reload → { config, telemetry, nbd, block, co, aio }
 //! nbd → block, co, aio     block → co, aio     co → aio     aio → util
 //! ```
 //!
@@ -13,7 +13,7 @@
 //! - [`co`]: stackful coroutines scheduled by AioContexts, and the locks between them.
 //! - [`block`]: images, as a graph of nodes.
 //! - [`nbd`]: the protocol, server and client.
-//! - [`config`], [`telemetry`], [`daemon`], [`cli`]: the program around them.
+//! - [`config`], [`telemetry`], [`reload`], [`daemon`], [`cli`]: the program around them.
 
 pub mod aio;
 pub mod block;
@@ -22,5 +22,6 @@ pub mod co;
 pub mod config;
 pub mod daemon;
 pub mod nbd;
+pub mod reload;
 pub mod telemetry;
 pub mod util;

@@ -28,10 +28,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// How often a thread that waits for a drain asks whether it shall go on (ours).
+const GIVE_UP_STEP: Duration = Duration::from_millis(50);
+
 /// The user's end of a block graph. Any thread; shared by `Arc`.
 pub struct BlockBackend {
     root: Arc<dyn BlockNode>,
-    len: u64,
+    /// What requests are held against; grows by `co_resize`, after the root node has.
+    len: AtomicU64,
     slots: Sharded<Slot>,
     /// Drains that have begun and not ended. Written by drains only.
     quiesced: AtomicU64,
@@ -109,7 +113,7 @@ impl BlockBackend {
     /// Wraps the root node.
     pub fn new(root: Arc<dyn BlockNode>) -> Arc<BlockBackend> {
         Arc::new(BlockBackend {
-            len: root.len(),
+            len: AtomicU64::new(root.len()),
             root,
             slots: Sharded::new(),
             quiesced: AtomicU64::new(0),
@@ -132,16 +136,16 @@ impl BlockBackend {
         self.root.name()
     }
 
-    /// Size in bytes.
+    /// Size in bytes. It may become larger, never smaller.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::SeqCst)
     }
 
     /// Whether the size is zero.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Whether writes are refused.
@@ -183,9 +187,9 @@ impl BlockBackend {
     fn assert_bounds(&self, offset: u64, len: u64) {
         let end = offset.checked_add(len);
         assert!(
-            end.is_some_and(|e| e <= self.len),
+            end.is_some_and(|e| e <= self.len()),
             "request of {len} bytes at {offset} was not validated against {} bytes",
-            self.len
+            self.len()
         );
     }
 
@@ -535,6 +539,39 @@ impl BlockBackend {
         drop(state);
         self.drain_end();
         idle
+    }
+
+    /// As [`BlockBackend::co_drained`], from a plain thread; `None` when something is still in flight after `timeout`, or
+    /// when `give_up` says so, which is asked now and then. Blocks the thread: never on an IOThread.
+    pub fn drained_blocking(
+        self: &Arc<Self>,
+        timeout: Duration,
+        give_up: &dyn Fn() -> bool,
+    ) -> Option<Drained> {
+        let deadline = Instant::now() + timeout;
+        self.drain_begin();
+        let section = Drained { backend: Arc::clone(self) };
+        while !self.wait_idle_blocking(GIVE_UP_STEP) {
+            if give_up() || Instant::now() >= deadline {
+                return None;
+            }
+        }
+        Some(section)
+    }
+
+    /// Takes up a size that the image has got from elsewhere, and makes it at least `at_least` bytes long (0: only looks).
+    /// Returns the size; requests are accepted up to it. Drains. Any thread; coroutine only; yields.
+    ///
+    /// # Errors
+    /// As [`BlockNode::co_resize`].
+    pub fn co_resize(self: &Arc<Self>, at_least: u64) -> Result<u64> {
+        let section = self.co_drained();
+        let len = self.root.co_resize(at_least)?;
+        // The node first: what is accepted here is in bounds there.
+        let before = self.len.fetch_max(len, Ordering::SeqCst);
+        assert!(len >= before, "a node never becomes smaller");
+        drop(section);
+        Ok(len)
     }
 
     /// A request ended (or took its count back) during a drain.

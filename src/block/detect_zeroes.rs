@@ -102,6 +102,10 @@ impl BlockNode for DetectZeroesNode {
         self.child.co_truncate(len)
     }
 
+    fn co_resize(&self, at_least: u64) -> Result<u64> {
+        self.child.co_resize(at_least)
+    }
+
     fn co_flush(&self) -> Result<()> {
         self.child.co_flush()
     }

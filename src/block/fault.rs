@@ -400,6 +400,10 @@ impl BlockNode for FaultNode {
         self.co_around(FaultOps::TRUNCATE, "truncate", len, 1, || self.child.co_truncate(len))
     }
 
+    fn co_resize(&self, at_least: u64) -> Result<u64> {
+        self.co_around(FaultOps::TRUNCATE, "resize", at_least, 1, || self.child.co_resize(at_least))
+    }
+
     fn co_cache(&self, offset: u64, len: u64) -> Result<()> {
         self.co_around(FaultOps::CACHE, "cache", offset, len, || self.child.co_cache(offset, len))
     }

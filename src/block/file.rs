@@ -10,8 +10,8 @@
 //! read-modify-write that [`RangeLock`] keeps apart from overlapping changes.
 //!
 //! Any thread. On the way of a read or an overwrite nothing is locked and no shared cache line is written (buffered).
-//! The size is that of the opening, unless the file is *growable* (what an image format lies on); a file that shrinks
-//! underneath reads as zeroes where it has ended. Writes that make a growable file longer register in `extend`, and
+//! The size is that of the opening, or of the last `co_resize`, unless the file is *growable* (what an image format lies on); a
+//! file that shrinks underneath reads as zeroes where it has ended. Writes that make a growable file longer register in `extend`, and
 //! setting its size excludes them: so setting a size never cuts off what was written meanwhile.
 //!
 //! # Durability
@@ -37,8 +37,8 @@ use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// What happens between a write's reply and the disk, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -175,9 +175,9 @@ pub struct FileNode {
     file: Arc<OwnedFd>,
     /// Another description of the file, without `O_DIRECT`, for the last bytes of a file whose size is not a multiple
     /// of the block: writing them as a whole block would make the file longer.
-    tail: Option<OwnedFd>,
+    tail: OnceLock<OwnedFd>,
     device: bool,
-    /// Changes only when a growable file does.
+    /// Changes when a growable file does, and by `co_resize`.
     len: CachePadded<AtomicU64>,
     growable: bool,
     read_only: bool,
@@ -284,27 +284,15 @@ impl FileNode {
 
         let sector = if device { u64::from(sys::blk_sector_size(&file).unwrap_or(512)) } else { 1 };
         let direct = options.cache.direct().then(|| direct_alignment(&file, device));
-        let tail = match direct {
-            // A growable file may end at a whole block.
-            Some(d) if !options.read_only && !growable && len % d.block != 0 => Some(
-                rustix::fs::open(
-                    format!("/proc/self/fd/{}", file.as_raw_fd()),
-                    OFlags::RDWR | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )
-                .map_err(fail)?,
-            ),
-            _ => None,
-        };
         let inline = if direct.is_some() { Inline::Never } else { probe_inline(&file) };
         let fs_block = u64::try_from(stat.st_blksize).unwrap_or(PAGE).clamp(512, 1 << 20);
         let fs_block = if fs_block.is_power_of_two() { fs_block } else { PAGE };
         let rotational =
             if device { sys::blk_rotational(&file).unwrap_or(false) } else { dev_rotational(stat.st_dev) };
 
-        Ok(FileNode {
+        let node = FileNode {
             name: path.display().to_string(),
-            tail,
+            tail: OnceLock::new(),
             device,
             len: CachePadded::new(AtomicU64::new(len)),
             growable,
@@ -339,14 +327,61 @@ impl FileNode {
             claim: None,
             sync_fault: AtomicI32::new(0),
             file: Arc::new(file),
-        })
+        };
+        node.open_tail(len).map_err(fail)?;
+        Ok(node)
+    }
+
+    /// Opens `tail` if a file of `len` bytes needs it. Blocks.
+    fn open_tail(&self, len: u64) -> rustix::io::Result<()> {
+        // A growable file may end at a whole block.
+        let odd = self.direct.is_some_and(|d| !len.is_multiple_of(d.block));
+        if odd && !self.read_only && !self.growable && self.tail.get().is_none() {
+            let again = rustix::fs::open(
+                format!("/proc/self/fd/{}", self.fd()),
+                OFlags::RDWR | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
+            self.tail.get_or_init(|| again);
+        }
+        Ok(())
+    }
+
+    /// The size of the file, or of the device, as the system tells it. Blocks.
+    fn size_now(&self) -> io::Result<u64> {
+        if self.device {
+            return sys::blk_size(&self.file);
+        }
+        Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_size).unwrap_or(0))
+    }
+
+    /// What [`BlockNode::co_resize`] does for a file that does not grow with what is written. Blocks.
+    fn resize(&self, at_least: u64) -> io::Result<u64> {
+        let (old, now) = (self.len(), self.size_now()?);
+        if now < old {
+            tracing::warn!(node = %self.name, was = old, now, "the image has become smaller; its size is kept, and what is missing reads as zeroes");
+        }
+        let len = old.max(now).max(at_least);
+        if len > now && len > old {
+            if self.device {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+            if self.read_only {
+                return Err(io::Error::from_raw_os_error(libc::EPERM));
+            }
+            rustix::fs::ftruncate(&self.file, len)?;
+            rustix::fs::fsync(&self.file)?;
+        }
+        self.open_tail(len)?;
+        self.len.store(len, Ordering::SeqCst);
+        Ok(len)
     }
 
     /// Makes it what an image format lies on, as [`FileOptions::growable`] does: for whoever had to look first.
     pub(super) fn into_growable(mut self) -> FileNode {
         self.growable = !self.device;
         if self.growable {
-            self.tail = None;
+            self.tail = OnceLock::new();
         }
         self
     }
@@ -603,7 +638,7 @@ impl FileNode {
         let end = offset + len as u64;
         // The file's odd end goes through the page cache; see `tail`.
         let cut = self.len() - self.len() % d.block;
-        let body_end = if self.tail.is_some() { end.min(cut) } else { end };
+        let body_end = if self.tail.get().is_some() { end.min(cut) } else { end };
         if offset < body_end {
             let body = (body_end - offset) as usize;
             let aligned = offset.is_multiple_of(d.block) && body_end % d.block == 0;
@@ -624,7 +659,7 @@ impl FileNode {
             }
         }
         if body_end < end {
-            let tail = self.tail.as_ref().expect("the body is shorter only when there is a tail");
+            let tail = self.tail.get().expect("the body is shorter only when there is a tail");
             let from = offset.max(cut);
             let _range = self.ranges.co_plain(cut..self.len());
             let bufs = iov::window(bufs, (from - offset) as usize, usize::MAX);
@@ -879,6 +914,20 @@ impl BlockNode for FileNode {
         self.co_set_len(len, len >= self.len())
             .map(drop)
             .map_err(|e| Error::new("truncate", &self.name, len, e))
+    }
+
+    fn co_resize(&self, at_least: u64) -> Result<u64> {
+        if self.growable {
+            // Its size is followed all the time.
+            if at_least > self.len() {
+                self.co_truncate(at_least)?;
+                self.co_flush()?;
+            }
+            return Ok(self.len());
+        }
+        let _invalidate = Invalidate(&self.status);
+        co::co_run_blocking(|| self.resize(at_least))
+            .map_err(|e| Error::new("resize", &self.name, at_least, e))
     }
 
     fn read_only(&self) -> bool {

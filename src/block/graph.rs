@@ -482,7 +482,8 @@ fn window(options: &OpenOptions, node: Arc<dyn BlockNode>) -> Result<Arc<dyn Blo
         && !options.read_only;
     // Only a file that is to be shown in whole sectors grows here.
     let padded = options.whole_sectors && !node.is_format() && node.grows();
-    if options.offset == 0 && options.size.is_none_or(|s| s == len) && !guard && !padded {
+    // A size that was asked for holds when the image becomes larger, too.
+    if options.offset == 0 && options.size.is_none() && !guard && !padded {
         return Ok(node);
     }
     let name = node.name().to_owned();

@@ -293,6 +293,21 @@ pub trait BlockNode: Send + Sync {
         Err(Error::from_errno("truncate", self.name(), len, libc::ENOTSUP))
     }
 
+    /// Takes up a size that the node has got from elsewhere (a file or a device that was extended), and makes what it shows
+    /// at least `at_least` bytes long (0: only looks). New bytes read as zeroes, as far as they are ours to say. Never makes
+    /// it smaller: what has shrunk underneath keeps its size here. Returns the size, which is durable. No request may be
+    /// running. Coroutine only; may yield.
+    ///
+    /// # Errors
+    /// `ENOTSUP` for a node that cannot become larger, `EPERM` for one that is read-only, `ENOSPC` for a device that is too
+    /// small; else the errno of the failing operation.
+    fn co_resize(&self, at_least: u64) -> Result<u64> {
+        match self.len() {
+            len if at_least <= len => Ok(len),
+            _ => Err(Error::from_errno("resize", self.name(), at_least, libc::ENOTSUP)),
+        }
+    }
+
     /// Makes all completed writes of all callers durable.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! RawNode: a window of another node, byte for byte; and the guard of a probed raw image's first sector.
 //!
-//! Stateless but for the guard: requests are shifted and forwarded. Errors name the child and the child's offset.
+//! Stateless but for the guard and the size, which follows the child's end if no end was given: requests are shifted and forwarded. Errors name the child and the child's offset.
 //!
 //! The guard (only when the format was probed, see [`mod@super::probe`]) looks at writes that touch the first sector:
 //! what the sector would be after the write must still probe as raw. Such writes hold a CoMutex from the look to the
@@ -14,13 +14,17 @@ use super::{
 use crate::co::CoMutex;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A window of another node. Any thread.
 pub struct RawNode {
     name: String,
     child: Arc<dyn BlockNode>,
     offset: u64,
-    len: u64,
+    /// Changes by `co_resize` only.
+    len: AtomicU64,
+    /// The window reaches to the child's end, also when that moves.
+    open_ended: bool,
     /// Serialises writes to the first sector; `None` when the user chose the format.
     guard: Option<CoMutex<()>>,
     /// The window may end past the child's end, in zeroes.
@@ -41,7 +45,8 @@ impl RawNode {
             name: name.to_owned(),
             child,
             offset,
-            len: len.unwrap_or(room),
+            len: AtomicU64::new(len.unwrap_or(room)),
+            open_ended: len.is_none(),
             guard: None,
             padded: false,
         })
@@ -68,8 +73,16 @@ impl RawNode {
         let Some(room) = inside else {
             return Err(Error::from_errno("open window", child.name(), offset, libc::EINVAL));
         };
-        let len = len.unwrap_or(room);
-        Ok(RawNode { name: name.to_owned(), child, offset, len, guard: None, padded: true })
+        let len = AtomicU64::new(len.unwrap_or(room));
+        Ok(RawNode {
+            name: name.to_owned(),
+            child,
+            offset,
+            len,
+            open_ended: false,
+            guard: None,
+            padded: true,
+        })
     }
 
     /// How much of a range of the window the child has.
@@ -84,7 +97,7 @@ impl RawNode {
     }
 
     fn assert_bounds(&self, offset: u64, len: u64) {
-        assert!(offset.checked_add(len).is_some_and(|e| e <= self.len), "the range was validated above");
+        assert!(offset.checked_add(len).is_some_and(|e| e <= self.len()), "the range was validated above");
     }
 
     fn guarded(&self, offset: u64) -> Option<&CoMutex<()>> {
@@ -94,7 +107,7 @@ impl RawNode {
     /// Whether the first sector would still be raw with these bytes at `offset`.
     fn co_stays_raw(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Result<bool> {
         let mut head = [0u8; PROBE_LEN];
-        let head = &mut head[..PROBE_LEN.min(self.len as usize)];
+        let head = &mut head[..PROBE_LEN.min(self.len() as usize)];
         let from = offset as usize;
         let n = iov::total(bufs).min(head.len() - from);
         if n < head.len() {
@@ -111,7 +124,7 @@ impl BlockNode for RawNode {
     }
 
     fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::SeqCst)
     }
 
     fn read_only(&self) -> bool {
@@ -214,6 +227,14 @@ impl BlockNode for RawNode {
 
     fn co_close(&self) -> Result<()> {
         self.child.co_close()
+    }
+
+    fn co_resize(&self, at_least: u64) -> Result<u64> {
+        let below = self.child.co_resize(at_least)?;
+        if self.open_ended {
+            self.len.fetch_max(below.saturating_sub(self.offset), Ordering::SeqCst);
+        }
+        Ok(self.len())
     }
 
     fn is_format(&self) -> bool {

@@ -119,7 +119,8 @@ pub(crate) struct CreateArgs {
 
 /// Make an image larger
 ///
-/// The new space reads as zeroes. Images are never made smaller. A guest sees the new size when the image is served again.
+/// The new space reads as zeroes. Images are never made smaller. An image that is being served is made larger by its server: set
+/// grow_to in the configuration file, and reload it (SIGHUP; see conbd.toml(5)).
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  conbd resize disk.qcow2 40G")]
 pub(crate) struct ResizeArgs {
@@ -281,6 +282,11 @@ pub(crate) fn resize(args: &ResizeArgs) -> Result<u8, Failure> {
                 if size < now {
                     return Err(smaller(now));
                 }
+                if !size.is_multiple_of(512) {
+                    return Err(format!(
+                        "{size} is not a multiple of 512 bytes, as the size of a qcow2 image is"
+                    ));
+                }
                 let grown = node.co_grow(size).map_err(|e| with_sources(&e));
                 let closed = node.co_close().map_err(|e| with_sources(&e));
                 grown.and(closed).map(|()| now)
@@ -296,6 +302,10 @@ pub(crate) fn resize(args: &ResizeArgs) -> Result<u8, Failure> {
                 file.co_truncate(size).and_then(|()| file.co_flush()).map_err(|e| with_sources(&e))?;
                 Ok(now)
             }
+            Err(e @ OpenError::Locked { .. }) => Err(format!(
+                "{}; if conbd serves it, set grow_to in its configuration file and reload (SIGHUP)",
+                with_sources(&e)
+            )),
             Err(e) => Err(with_sources(&e)),
         }
     });

@@ -885,7 +885,7 @@ fn serve(
         exports: Box::new(move || Ok(vec![make_export(o, &open, detect)?])),
         server,
         grace: GRACE,
-        hup_stops: true,
+        on_hup: daemon::OnHup::Stop,
         command: None,
         ready: Box::new(move |_| {
             if o.selinux_label.is_some() {

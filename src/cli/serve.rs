@@ -11,7 +11,8 @@ use clap::Args;
 /// stderr. Runs as PID 1 of a container as well as anywhere else.
 ///
 /// SIGTERM, SIGINT: stop accepting, finish what is in flight, flush, exit 0; a second one ends the program at
-/// once, with code 4. SIGUSR1: log the counters of every IOThread. SIGHUP: reserved for reloading; logged.
+/// once, with code 4. SIGUSR1: log the counters of every IOThread. SIGHUP: take up images that
+/// have become larger, and the grow_to of a changed configuration file.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  conbd serve disk.raw\n  conbd serve disk.raw --read-only --socket /run/disk.sock\n  \
@@ -27,7 +28,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     let config = Config::load(&args.flags).map_err(|e| match e {
         ConfigError::Read { .. } | ConfigError::Invalid { .. } | ConfigError::Flags(_) => Failure::usage(e),
     })?;
-    let outcome = if args.flags.check { daemon::check(&config) } else { daemon::serve(&config) };
+    let outcome = if args.flags.check { daemon::check(&config) } else { daemon::serve(&config, &args.flags) };
     match outcome {
         Ok(daemon::Outcome::Complete) => Ok(super::EXIT_OK),
         Ok(daemon::Outcome::Cut) => Ok(super::EXIT_CUT),

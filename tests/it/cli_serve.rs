@@ -97,7 +97,7 @@ fn json_logs_tell_what_each_iothread_did() {
     serving.signal(Signal::USR1);
     serving.wait_for_log("iothread counters");
     serving.signal(Signal::HUP);
-    serving.wait_for_log("reloading is not supported yet");
+    serving.wait_for_log("SIGHUP: reloaded");
     let (code, log) = serving.stop();
     assert_eq!(code, Some(0), "{log}");
     let totals: Vec<Value> = log

@@ -26,6 +26,7 @@ mod co_sleep;
 mod co_stream;
 mod config;
 mod engine;
+mod grow;
 mod nbd_basic;
 mod nbd_checklist;
 mod nbd_common;

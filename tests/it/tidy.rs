@@ -14,7 +14,8 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("nbd", &["block", "co", "aio", "util"]),
     ("telemetry", &["util"]),
     ("config", &["nbd", "block", "co", "aio", "util"]),
-    ("daemon", &["config", "telemetry", "nbd", "block", "co", "aio", "util"]),
+    ("reload", &["config", "nbd", "block", "co", "aio", "util"]),
+    ("daemon", &["reload", "config", "telemetry", "nbd", "block", "co", "aio", "util"]),
     ("cli", &["daemon", "config", "telemetry", "nbd", "block", "co", "aio", "util"]),
 ];
 

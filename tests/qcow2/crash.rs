@@ -215,7 +215,7 @@ impl Reopen {
 }
 
 /// Asks qemu-img. Leaks (3) are allowed.
-fn qemu_check(bytes: &[u8]) -> Result<(), String> {
+pub(crate) fn qemu_check(bytes: &[u8]) -> Result<(), String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state.qcow2");
     fs::write(&path, bytes).unwrap();

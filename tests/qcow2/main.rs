@@ -4,7 +4,8 @@
 //! ```text
 //! power.rs  crash states and the guest's oracle      world.rs   a seeded schedule over simulated files
 //! image.rs  a second reader and checker              corpus.rs  images by qemu-img in every flavour
-//! crash.rs  the crash suite; judge.rs proves it   races.rs   requests held in the middle, by hand
+//! crash.rs  the crash suite; judge.rs proves it   grow.rs    crashes of disks that grow
+//! races.rs   requests held in the middle, by hand
 //! compat.rs with QEMU, both ways                 malformed.rs  broken images            driver.rs  the driver as used here
 //! ```
 //! Every random test prints its seed when it fails, and takes it back by `CONBD_SEED`.
@@ -15,6 +16,7 @@ mod compat;
 mod corpus;
 mod crash;
 mod driver;
+mod grow;
 mod image;
 mod judge;
 mod malformed;

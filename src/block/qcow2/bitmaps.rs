@@ -14,7 +14,7 @@ use super::entry::Geometry;
 use super::header::Header;
 use super::node::Qcow2Node;
 use super::{FormatError, WriteHook};
-use crate::block::{BlockNode, DirtyBitmap, DirtyExtent, Result, WriteFlags};
+use crate::block::{BlockNode, DirtyBitmap, DirtyExtent, Error, Result, WriteFlags};
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -260,6 +260,10 @@ impl WriteHook for Bitmaps {
             let len = len.min(b.disk.saturating_sub(offset));
             b.set(offset, len);
         }
+    }
+
+    fn co_before_resize(&self, node: &Qcow2Node, len: u64) -> Result<()> {
+        Err(Error::from_errno("resize bitmaps", node.name(), len, libc::ENOTSUP))
     }
 
     fn co_before_close(&self, node: &Qcow2Node) -> Result<()> {

@@ -1,57 +1,93 @@
 //! Making the disk larger, and what bitmaps need of the image: clusters, and bytes in them.
 
 use super::alloc::Freed;
-use super::l2::MAX_L1_BYTES;
+use super::l2::{Kind, MAX_L1_BYTES};
 use super::node::Qcow2Node;
 use crate::block::{BlockNode, Error, Result, WriteFlags};
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
+/// Unit of a disk's size, in bytes: QEMU counts it in sectors.
+const SECTOR: u64 = 512;
+
 impl Qcow2Node {
     /// Makes the disk `len` bytes long; the new ones read as zeroes. No request may be running (drain the backend).
     /// A smaller size is refused. Durable on return. Coroutine only; yields.
     ///
+    /// The size in the header is the last that is written: a crash leaves a disk of the old size, or of the new one with
+    /// nothing in what is new.
+    ///
     /// # Errors
-    /// `EINVAL` for a smaller size, `EFBIG` for what the format cannot hold, else the errno of what failed.
+    /// `EINVAL` for a smaller size and for one that is not in sectors of 512 bytes, `EFBIG` for what the format cannot hold,
+    /// `ENOTSUP` for a version 2 image with snapshots (they do not record the size that they are of), `ENOSPC` for a data
+    /// file that is a smaller device; else the errno of what failed.
     pub fn co_grow(&self, len: u64) -> Result<()> {
         let g = self.g;
         let old = self.len();
         let fail = |errno| Error::from_errno("grow", self.name(), len, errno);
-        if len < old {
+        if len < old || !len.is_multiple_of(SECTOR) {
             return Err(fail(libc::EINVAL));
+        }
+        if len == old {
+            return Ok(());
+        }
+        if g.v2 && self.header.lock().unwrap_or_else(PoisonError::into_inner).nb_snapshots > 0 {
+            return Err(fail(libc::ENOTSUP));
         }
         let entries = g.l1_entries_for(len);
         if entries * 8 > MAX_L1_BYTES || len > i64::MAX as u64 {
             return Err(fail(libc::EFBIG));
         }
         self.co_begin_change("grow", len)?;
+        for hook in self.hooks() {
+            hook.co_before_resize(self, len)?;
+        }
         if entries > self.map.l1_len() {
             self.co_move_l1(entries)?;
         }
         if let Some(data) = &self.data_file
-            && data.grows()
             && data.len() < len
         {
+            if !data.grows() {
+                return Err(fail(libc::ENOSPC));
+            }
             data.co_truncate(len)?;
         }
-        // What is exposed must be zeroes: the rest of the last cluster, and what a longer backing image has there.
-        let backing = self.backing.as_ref().map_or(0, |b| b.len());
-        let exposed = len.min(old.next_multiple_of(g.cluster_size()).max(backing));
         self.set_len(len);
-        if exposed > old {
-            let zeroed = self.co_pwrite_zeroes(old, exposed - old, WriteFlags::empty());
-            if let Err(e) = zeroed {
-                self.set_len(old);
-                return Err(e);
-            }
-        }
-        let done = self.co_flush_all().and_then(|()| self.co_write_header_field(24, &len.to_be_bytes()));
+        let done = self
+            .co_clear_exposed(old, len)
+            .and_then(|()| self.co_flush_all())
+            .and_then(|()| self.co_write_header_field(24, &len.to_be_bytes()));
         if let Err(e) = done {
             self.set_len(old);
             return Err(e);
         }
         self.header.lock().unwrap_or_else(PoisonError::into_inner).size = len;
+        self.cover_with_cache(len);
+        Ok(())
+    }
+
+    /// Makes what a larger size shows read as zeroes: the rest of the last cluster, what a longer backing image has there, and
+    /// clusters that somebody has left allocated past the end.
+    fn co_clear_exposed(&self, old: u64, len: u64) -> Result<()> {
+        let backing = self.backing.as_ref().map_or(0, |b| b.len());
+        let mut at = old;
+        while at < len {
+            let ticket = self.epochs.ticket();
+            let m = self.co_map(at, len - at)?;
+            drop(ticket);
+            let end = at + m.len;
+            let shown = match m.kind {
+                Kind::Zero => at,
+                Kind::Unallocated => end.min(backing).max(at),
+                Kind::Data { .. } | Kind::Compressed { .. } => end,
+            };
+            if shown > at {
+                self.co_pwrite_zeroes(at, shown - at, WriteFlags::empty())?;
+            }
+            at = end;
+        }
         Ok(())
     }
 

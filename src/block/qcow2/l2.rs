@@ -36,6 +36,9 @@ const MIN_SLICES: u64 = 64;
 /// Most slices of a cache: 1 GiB of them.
 const MAX_SLICES: u64 = 256 << 10;
 
+/// Slices per chunk of the slab (ours).
+const SLAB_CHUNK: u64 = 512;
+
 /// Looks at a slice that is being changed before the reader takes its lock instead (ours).
 const SPINS: u32 = 100;
 
@@ -106,6 +109,9 @@ struct SliceState {
     busy: bool,
 }
 
+/// [`SLAB_CHUNK`] slices, made one by one.
+type SlabChunk = Box<[OnceLock<Slice>]>;
+
 struct Clock {
     /// Slices of the slab that exist.
     made: usize,
@@ -131,7 +137,10 @@ pub(super) struct Mapper {
     words_per_entry: usize,
     l1: Box<[OnceLock<Box<[L1Slot]>>]>,
     l1_len: AtomicU64,
-    slab: Box<[OnceLock<Slice>]>,
+    /// In chunks, so that there can be room for more later.
+    slab: Box<[OnceLock<SlabChunk>]>,
+    /// Slices that there may be.
+    room: AtomicUsize,
     clock: Mutex<Clock>,
     /// Guest slices that are being loaded.
     loads: Mutex<HashSet<u64>>,
@@ -162,19 +171,25 @@ pub(super) struct SliceEdit<'a> {
     opened: bool,
 }
 
+/// How many slices of `slice_bytes` a cache of `cache_bytes` has.
+fn slices_in(cache_bytes: u64, slice_bytes: u64) -> u64 {
+    (cache_bytes / slice_bytes).clamp(MIN_SLICES, MAX_SLICES)
+}
+
 impl Mapper {
     /// Makes one with an empty L1 table of `l1_len` entries and room for `cache_bytes` of slices.
     pub(super) fn new(g: Geometry, l1_len: u64, cache_bytes: u64) -> Mapper {
         let slice_bits = g.l2_bits().min((SLICE_BYTES / g.l2_entry_size()).trailing_zeros());
         let slice_bytes = g.l2_entry_size() << slice_bits;
-        let slices = (cache_bytes / slice_bytes).clamp(MIN_SLICES, MAX_SLICES);
+        let slices = slices_in(cache_bytes, slice_bytes);
         Mapper {
             g,
             slice_bits,
             words_per_entry: if g.extended_l2 { 2 } else { 1 },
             l1: (0..(MAX_L1_BYTES / 8).div_ceil(L1_CHUNK)).map(|_| OnceLock::new()).collect(),
             l1_len: AtomicU64::new(l1_len),
-            slab: (0..slices).map(|_| OnceLock::new()).collect(),
+            slab: (0..MAX_SLICES / SLAB_CHUNK).map(|_| OnceLock::new()).collect(),
+            room: AtomicUsize::new(slices as usize),
             clock: Mutex::new(Clock { made: 0, free: Vec::new(), hand: 0 }),
             loads: Mutex::new(HashSet::new()),
             load_waiters: CoQueue::new(),
@@ -183,6 +198,14 @@ impl Mapper {
             dirty_count: AtomicUsize::new(0),
             loaded: AtomicU64::new(0),
         }
+    }
+
+    /// Lets there be as many slices as `cache_bytes` have room for, if that is more than now. Never yields.
+    pub(super) fn make_room(&self, cache_bytes: u64) {
+        let slices = slices_in(cache_bytes, self.slice_bytes() as u64);
+        // Under the clock's lock, as whoever makes slices looks there.
+        let _clock = lock(&self.clock);
+        self.room.fetch_max(slices as usize, Ordering::Relaxed);
     }
 
     // ------------------------------------------------------------------------------------------------- L1
@@ -294,7 +317,9 @@ impl Mapper {
     }
 
     fn slice(&self, index: u32) -> &Slice {
-        self.slab[index as usize].get().expect("indices are given out for slices that were made")
+        let (chunk, at) = (index as usize / SLAB_CHUNK as usize, index as usize % SLAB_CHUNK as usize);
+        let slice = self.slab[chunk].get().and_then(|c| c[at].get());
+        slice.expect("indices are given out for slices that were made")
     }
 
     /// What the guest range is from `offset` on, for at most `len` bytes. Never yields.
@@ -438,7 +463,8 @@ impl Mapper {
             lock(&self.slice(index).state).busy = true;
             return Some(index);
         }
-        if clock.made < self.slab.len() {
+        let room = self.room.load(Ordering::Relaxed);
+        if clock.made < room {
             let index = clock.made;
             let words = self.slice_bytes() / 8;
             let slice = Slice {
@@ -448,13 +474,16 @@ impl Mapper {
                 state: Mutex::new(SliceState { busy: true, ..SliceState::default() }),
                 words: (0..words).map(|_| AtomicU64::new(0)).collect(),
             };
-            assert!(self.slab[index].set(slice).is_ok(), "slices are made under the clock's lock");
+            let chunk = self.slab[index / SLAB_CHUNK as usize]
+                .get_or_init(|| (0..SLAB_CHUNK).map(|_| OnceLock::new()).collect());
+            let made = chunk[index % SLAB_CHUNK as usize].set(slice);
+            assert!(made.is_ok(), "slices are made under the clock's lock");
             clock.made += 1;
             return Some(index as u32);
         }
-        for _ in 0..2 * self.slab.len() {
+        for _ in 0..2 * room {
             let index = clock.hand;
-            clock.hand = (clock.hand + 1) % self.slab.len();
+            clock.hand = (clock.hand + 1) % room;
             let slice = self.slice(index as u32);
             if slice.referenced.swap(false, Ordering::Relaxed) {
                 continue;
@@ -525,7 +554,7 @@ impl Mapper {
 
     /// Whether so many slices are dirty that a commit should make room.
     pub(super) fn too_dirty(&self) -> bool {
-        self.dirty_count() > self.slab.len() / 4
+        self.dirty_count() > self.room.load(Ordering::Relaxed) / 4
     }
 
     /// Copies the dirty slices, which are clean from then on; each is kept until [`Mapper::written`] is told its end.

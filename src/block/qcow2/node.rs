@@ -59,6 +59,8 @@ pub struct Qcow2Node {
     pub(super) g: Geometry,
     pub(super) compression: Compression,
     pub(super) discard: bool,
+    /// The size of the L2 cache was asked for: it does not follow the disk's.
+    l2_cache_asked: bool,
     read_only: bool,
     limits: Limits,
     len: AtomicU64,
@@ -164,8 +166,7 @@ impl Qcow2Node {
                 "the L1 table reaches past the end of the file",
             ));
         }
-        let cover = len.div_ceil(g.cluster_size()).saturating_mul(g.l2_entry_size());
-        let cache = options.l2_cache_bytes.unwrap_or(DEFAULT_L2_CACHE.min(cover));
+        let cache = options.l2_cache_bytes.unwrap_or_else(|| default_l2_cache(g, len));
         let map = Mapper::new(g, l1_len, cache);
         co_read_l1(&*file, l1_offset, l1_len, &map).map_err(io)?;
 
@@ -214,6 +215,7 @@ impl Qcow2Node {
             g,
             compression: header.compression,
             discard: options.discard == DiscardMode::Unmap,
+            l2_cache_asked: options.l2_cache_bytes.is_some(),
             read_only: !writable,
             limits: Limits {
                 request_alignment: 1,
@@ -258,7 +260,7 @@ impl Qcow2Node {
         assert!(!self.ready.load(Ordering::SeqCst), "write hooks are set before the first change");
     }
 
-    fn hooks(&self) -> &[Arc<dyn WriteHook>] {
+    pub(super) fn hooks(&self) -> &[Arc<dyn WriteHook>] {
         self.hooks.get().map_or(&[], Vec::as_slice)
     }
 
@@ -665,6 +667,20 @@ impl BlockNode for Qcow2Node {
         if len == 0 { Ok(()) } else { self.co_discard(offset, len) }
     }
 
+    fn co_resize(&self, at_least: u64) -> Result<u64> {
+        // A device below may have become larger: there is more room to allocate in.
+        if !self.file.grows() {
+            self.file.co_resize(0)?;
+        }
+        if let Some(data) = self.data_file.as_ref().filter(|d| !d.grows()) {
+            data.co_resize(0)?;
+        }
+        if at_least > self.len() {
+            self.co_grow(at_least)?;
+        }
+        Ok(self.len())
+    }
+
     fn co_flush(&self) -> Result<()> {
         self.co_flush_all()
     }
@@ -692,6 +708,13 @@ impl Qcow2Node {
     pub(super) fn set_len(&self, len: u64) {
         self.len.store(len, Ordering::SeqCst);
     }
+
+    /// Gives the L2 cache the room that a disk of `len` bytes gets, unless its size was asked for.
+    pub(super) fn cover_with_cache(&self, len: u64) {
+        if !self.l2_cache_asked {
+            self.map.make_room(default_l2_cache(self.g, len));
+        }
+    }
 }
 
 impl Drop for Qcow2Node {
@@ -702,6 +725,11 @@ impl Drop for Qcow2Node {
             next = Arc::get_mut(&mut node).and_then(|n| n.take_backing());
         }
     }
+}
+
+/// Bytes of L2 cache for a disk of `len` bytes, when nothing is asked for.
+fn default_l2_cache(g: Geometry, len: u64) -> u64 {
+    DEFAULT_L2_CACHE.min(len.div_ceil(g.cluster_size()).saturating_mul(g.l2_entry_size()))
 }
 
 /// Reads the first sector and decodes it.

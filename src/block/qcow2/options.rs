@@ -119,6 +119,13 @@ pub trait WriteHook: Send + Sync {
     /// never yields.
     fn changed(&self, offset: u64, len: u64);
 
+    /// The disk is about to become `len` bytes long; what must be so in the file before its size is, is durable on return. No
+    /// request is running. Yields.
+    ///
+    /// # Errors
+    /// Why it may not become larger.
+    fn co_before_resize(&self, node: &Qcow2Node, len: u64) -> Result<()>;
+
     /// The image is being closed, and was changed: what is to be kept is stored. No request is running. Yields.
     ///
     /// # Errors
