@@ -496,22 +496,15 @@ impl Conn {
             if zero {
                 runs.hole(at, run);
             } else {
-                // The request's buffer serves the last run; others have their own.
-                let mut part = if run == left {
-                    buf.truncate(run as usize);
-                    std::mem::replace(buf, IoBuf::new(0))
-                } else {
-                    IoBuf::try_new(run as usize).ok_or_else(|| {
-                        block::Error::from_errno("read", self.export.name(), at, libc::ENOMEM)
-                    })?
-                };
-                self.backend().co_preadv(at, &mut [IoSliceMut::new(&mut part)])?;
-                batch.add_runs(&mut runs, at, part);
+                let part = pos as usize..(pos + run) as usize;
+                self.backend().co_preadv(at, &mut [IoSliceMut::new(&mut buf[part.clone()])])?;
+                runs.scan(buf, part, at);
             }
             pos += run;
         }
         self.counters.bytes_read.add(len.into());
-        batch.put_runs(ReplyFlags::NBD_REPLY_FLAG_DONE, to, &runs);
+        let buf = std::mem::replace(buf, IoBuf::new(0));
+        batch.put_runs(ReplyFlags::NBD_REPLY_FLAG_DONE, to, &runs, buf);
         Ok(true)
     }
 

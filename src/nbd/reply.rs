@@ -257,33 +257,23 @@ impl Batch {
     /// data. `flags` go on the last chunk.
     pub fn put_sparse(&mut self, flags: ReplyFlags, to: ReplyTo, offset: u64, buf: IoBuf) {
         let mut runs = Runs::default();
-        self.add_runs(&mut runs, offset, buf);
-        self.put_runs(flags, to, &runs);
+        runs.scan(&buf, 0..buf.len(), offset);
+        self.put_runs(flags, to, &runs, buf);
     }
 
-    /// Takes a buffer that was read from `offset`, and notes its runs; nothing is appended yet.
-    pub fn add_runs(&mut self, runs: &mut Runs, offset: u64, buf: IoBuf) {
-        assert!(!buf.is_empty(), "an empty read has no content");
+    /// Appends a chunk per run, whose data are in `buf`; `flags` go on the last.
+    pub fn put_runs(&mut self, flags: ReplyFlags, to: ReplyTo, runs: &Runs, buf: IoBuf) {
+        assert!(!runs.list.is_empty(), "an empty read has no content");
         let id = BufId(self.bufs.len());
-        for (range, zero) in ZeroRuns::new(&buf, offset) {
-            let at = offset + range.start as u64;
-            match zero {
-                true => runs.hole(at, range.len() as u32),
-                false => runs.list.push(Run { offset: at, len: range.len() as u32, data: Some((id, range)) }),
-            }
-        }
-        self.bufs.push(buf);
-    }
-
-    /// Appends a chunk per run; `flags` go on the last.
-    pub fn put_runs(&mut self, flags: ReplyFlags, to: ReplyTo, runs: &Runs) {
+        // Nothing but holes: the memory is free at once.
+        self.bufs.extend(runs.list.iter().any(|run| run.data.is_some()).then_some(buf));
         for (i, run) in runs.list.iter().enumerate() {
             let flags = if i + 1 == runs.list.len() { flags } else { ReplyFlags::empty() };
             match &run.data {
                 None => self.put(&to.offset_hole(flags, run.offset, run.len)),
-                Some((id, range)) => {
+                Some(range) => {
                     self.put(&to.offset_data(flags, run.offset, run.len));
-                    self.data(*id, range.clone());
+                    self.data(id, range.clone());
                 }
             }
         }
@@ -298,7 +288,7 @@ impl Batch {
     }
 }
 
-/// The content of one structured read, in order: holes, and data in buffers of a [`Batch`].
+/// The content of one structured read, in order: holes, and data in its buffer.
 #[derive(Debug, Default)]
 pub struct Runs {
     list: Vec<Run>,
@@ -308,11 +298,26 @@ pub struct Runs {
 struct Run {
     offset: u64,
     len: u32,
-    /// None: a hole.
-    data: Option<(BufId, Range<usize>)>,
+    /// Where in the buffer; none for a hole.
+    data: Option<Range<usize>>,
 }
 
 impl Runs {
+    /// Adds what is in a range of the buffer, read from byte `offset` of the export: runs of zero grains as holes.
+    pub fn scan(&mut self, buf: &[u8], range: Range<usize>, offset: u64) {
+        let start = range.start;
+        for (run, zero) in ZeroRuns::new(&buf[range], offset) {
+            let (at, len) = (offset + run.start as u64, run.len() as u32);
+            match zero {
+                true => self.hole(at, len),
+                false => {
+                    let data = Some(start + run.start..start + run.end);
+                    self.list.push(Run { offset: at, len, data });
+                }
+            }
+        }
+    }
+
     /// Adds a hole; joins it to one right before it.
     pub fn hole(&mut self, offset: u64, len: u32) {
         match self.list.last_mut() {
