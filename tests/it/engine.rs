@@ -796,22 +796,25 @@ fn one_wake_stands_for_many_results() {
             pool.submit(Box::new(move || Ok(i)), results.slot(i));
         }
         // The only worker begins this one after it has published the fifty before.
-        let (tx, rx) = mpsc::channel();
-        pool.submit(
-            Box::new(move || {
-                tx.send(()).unwrap();
-                Ok(50)
-            }),
-            results.slot(50),
-        );
-        rx.recv().unwrap();
-        assert_eq!(wakes.load(Ordering::SeqCst), round);
-        pool.drain(&mut out);
+        let (begun, begins) = mpsc::channel();
+        let (go_on, may_end) = mpsc::channel::<()>();
+        let last = move || {
+            begun.send(()).unwrap();
+            may_end.recv().unwrap();
+            Ok(50)
+        };
+        pool.submit(Box::new(last), results.slot(50));
+        begins.recv().unwrap();
+        assert_eq!(wakes.load(Ordering::SeqCst), 2 * round - 1, "of fifty results");
+        pool.reap(&mut out);
+        assert_eq!(out.len(), 50);
+        // The next result after a reap wakes again, once it is there.
+        go_on.send(()).unwrap();
+        super::nbd_common::wait_for("the last wakes", || wakes.load(Ordering::SeqCst) == 2 * round);
+        pool.reap(&mut out);
         assert_eq!(out.len(), 51);
         out.drain(..).for_each(|(done, r)| done(r));
         results.take(51);
-        // The last may have been published after the drain had taken the others.
-        wakes.store(round, Ordering::SeqCst);
     }
 }
 
