@@ -6,7 +6,8 @@
 //! ```
 //! While a bitmap is marked in_use its clusters and its table may be written over: whoever finds the mark after a crash
 //! does not believe them. Bitmaps that were not saved correctly are left as they are, and not shown to clients.
-//! Bitmaps without the flag `auto` are disabled: they do not change.
+//! Bitmaps without the flag `auto` are disabled: they do not change. One with it that we cannot keep up (its size or its
+//! extra data are not understood) is marked in_use too, and stays so.
 
 use super::bitmap::{BitmapEntry, BitmapFlags, TableEntry};
 use super::check::{CheckError, co_read_bitmaps};
@@ -156,17 +157,18 @@ impl Bitmaps {
     }
 
     /// Keeps the bitmaps' clusters from being taken for free ones.
-    pub(crate) fn note(&self, node: &Qcow2Node) {
+    pub fn note(&self, node: &Qcow2Node) {
         node.note_metadata(self.directory_offset, self.directory_size);
         for b in &self.all {
             node.note_metadata(b.entry.table_offset, u64::from(b.entry.table_size) * 8);
         }
     }
 
-    /// Writes the in_use flag of every enabled bitmap, durably.
+    /// Writes the in_use flag of every bitmap that records changes, durably; it is cleared only where they were recorded.
     fn co_mark(&self, in_use: bool) -> Result<()> {
         let mut written = false;
-        for b in self.all.iter().filter(|b| b.enabled()) {
+        let records = |b: &Bitmap| b.entry.flags.contains(BitmapFlags::AUTO);
+        for b in self.all.iter().filter(|b| if in_use { records(b) } else { b.enabled() }) {
             let flags = if in_use { b.entry.flags | BitmapFlags::IN_USE } else { b.entry.flags };
             let bytes = flags.bits().to_be_bytes();
             self.file.co_pwritev(b.flags_at, &[IoSlice::new(&bytes)], WriteFlags::empty())?;

@@ -160,6 +160,8 @@ struct Check<'a> {
     /// Something that holds references could not be read: what looks unused may be used.
     incomplete: bool,
     leaks: u64,
+    /// Corruptions that are nothing but a wrong COPIED flag.
+    wrong_flags: u64,
     report: CheckReport,
 }
 
@@ -265,7 +267,10 @@ pub fn co_check(file: &dyn BlockNode, repair: Repair) -> Result<CheckReport, Che
         let why = "something that holds references could not be read, so what looks unused may be used";
         return Err(CheckError::Repair(why.to_owned()));
     }
-    check.co_repair(repair)?;
+    // A cluster that is counted down to one user must get its flag, or what was a leak becomes a corruption. With nothing
+    // else wrong the counts can be believed, as QEMU does.
+    let flags = repair == Repair::All || found.corruptions == check.wrong_flags;
+    check.co_repair(repair, flags)?;
     drop(check);
     let mut check = Check::co_run(file)?;
     let mut after = std::mem::take(&mut check.report);
@@ -313,6 +318,7 @@ impl<'a> Check<'a> {
             rebuild: false,
             incomplete: false,
             leaks: 0,
+            wrong_flags: 0,
             report: CheckReport { total_clusters: g.clusters_for(header.size), ..CheckReport::default() },
             header,
         };
@@ -618,6 +624,7 @@ impl<'a> Check<'a> {
             }
             let alone = refcounts.co_get(l2)? == 1;
             if alone != (raw & COPIED != 0) {
+                self.wrong_flags += 1;
                 self.report.corrupt(|| format!("COPIED flag of L1 entry {index} ({raw:#x}) is wrong"));
                 if mend {
                     co_write(file, l1_offset + index * 8, &flagged(raw, alone).to_be_bytes())?;
@@ -645,6 +652,7 @@ impl<'a> Check<'a> {
                 }
                 let alone = refcounts.co_get(host)? == 1;
                 if alone != (raw & COPIED != 0) {
+                    self.wrong_flags += 1;
                     self.report.corrupt(|| {
                         format!(
                             "COPIED flag of L2 entry {raw:#x} (table {offset:#x}, index {index}) is wrong"
@@ -663,7 +671,7 @@ impl<'a> Check<'a> {
         self.file.co_flush().map_err(CheckError::Io)
     }
 
-    fn co_repair(&mut self, repair: Repair) -> Result<(), CheckError> {
+    fn co_repair(&mut self, repair: Repair, flags: bool) -> Result<(), CheckError> {
         // Before the first write, as the document asks: features that we do not know are not kept true.
         let autoclear = self.header.autoclear;
         if self.header.version >= 3 && autoclear != autoclear & Autoclear::KNOWN {
@@ -681,7 +689,7 @@ impl<'a> Check<'a> {
             self.co_free_leaks()?;
         }
         self.co_sync()?;
-        if repair == Repair::All {
+        if flags {
             self.co_flags(true)?;
             self.co_sync()?;
         }
