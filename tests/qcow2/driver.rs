@@ -4,11 +4,16 @@ use crate::image;
 use crate::support::{Task, iothread, spawn_in};
 use conbd::aio::IoThread;
 use conbd::aio::engine::EngineChoice;
-use conbd::block::qcow2::{Qcow2Node, Qcow2OpenOptions, SnapshotSel};
-use conbd::block::{BlockNode, FileNode, FileOptions, SimClock, SimFile, StatusFlags};
-use std::io::IoSliceMut;
+use conbd::block::qcow2::header::Purpose;
+use conbd::block::qcow2::{Bitmaps, Qcow2Node, Qcow2OpenOptions, SnapshotSel};
+use conbd::block::{
+    BlockNode, Extent, FileNode, FileOptions, Format, Limits, OpenOptions, Result as BlockResult, SimClock,
+    SimFile, StatusFlags, WriteFlags, co_open_qcow2, co_read_header,
+};
+use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Reads all of a node. Coroutine only.
 pub(crate) fn co_read_all(node: &dyn BlockNode) -> Result<Vec<u8>, String> {
@@ -47,12 +52,21 @@ pub(crate) fn co_check_status(node: &dyn BlockNode, content: &[u8]) -> Result<()
     Ok(())
 }
 
-/// Several IOThreads.
-pub(crate) struct Threads(pub(crate) Vec<IoThread>);
+/// Several IOThreads, and which opener is used: the one below, or (`real`) the daemon's.
+pub(crate) struct Threads {
+    pub(crate) all: Vec<IoThread>,
+    real: AtomicBool,
+}
 
 impl Threads {
     pub(crate) fn new(n: usize) -> Threads {
-        Threads((0..n).map(|i| iothread(&format!("io{i}"), EngineChoice::Threads)).collect())
+        let all = (0..n).map(|i| iothread(&format!("io{i}"), EngineChoice::Threads)).collect();
+        Threads { all, real: AtomicBool::new(false) }
+    }
+
+    /// From now on images are opened as the daemon opens them, with chain, locks and bitmaps; or not.
+    pub(crate) fn open_really(&self, real: bool) {
+        self.real.store(real, Ordering::Relaxed);
     }
 
     /// Starts something on one of them.
@@ -61,7 +75,7 @@ impl Threads {
         i: usize,
         f: impl FnOnce() -> T + Send + 'static,
     ) -> Task<T> {
-        spawn_in(self.0[i % self.0.len()].context(), f)
+        spawn_in(self.all[i % self.all.len()].context(), f)
     }
 
     /// Opens an image by path.
@@ -72,6 +86,9 @@ impl Threads {
         snapshot: Option<&str>,
     ) -> Result<Arc<Qcow2Node>, String> {
         let (path, snapshot) = (path.to_owned(), snapshot.map(str::to_owned));
+        if self.real.load(Ordering::Relaxed) {
+            return self.run(move || co_open_really(&path, read_only, snapshot.as_deref()));
+        }
         self.run(move || co_open_path(&path, read_only, snapshot.as_deref()))
     }
 
@@ -87,6 +104,48 @@ impl Threads {
     }
 }
 
+/// A file whose flushes do nothing: for the tests of the tests.
+pub(crate) struct NoFlush(pub(crate) Arc<SimFile>);
+
+impl BlockNode for NoFlush {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+    fn grows(&self) -> bool {
+        true
+    }
+    fn co_truncate(&self, len: u64) -> BlockResult<()> {
+        self.0.co_truncate(len)
+    }
+    fn co_preadv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> BlockResult<()> {
+        self.0.co_preadv(offset, bufs)
+    }
+    fn co_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>], flags: WriteFlags) -> BlockResult<()> {
+        self.0.co_pwritev(offset, bufs, flags)
+    }
+    fn co_pwrite_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> BlockResult<()> {
+        self.0.co_pwrite_zeroes(offset, len, flags)
+    }
+    fn co_pdiscard(&self, offset: u64, len: u64) -> BlockResult<()> {
+        self.0.co_pdiscard(offset, len)
+    }
+    fn co_flush(&self) -> BlockResult<()> {
+        Ok(())
+    }
+    fn co_block_status(&self, offset: u64, len: u64) -> BlockResult<Extent> {
+        self.0.co_block_status(offset, len)
+    }
+}
+
 /// What the driver lies on.
 #[derive(Clone)]
 pub(crate) struct Below {
@@ -94,6 +153,8 @@ pub(crate) struct Below {
     data: Option<Arc<dyn BlockNode>>,
     backing: Option<Arc<dyn BlockNode>>,
     pub(crate) arena_bytes: u64,
+    /// What the bitmaps are written to, if not to the file itself.
+    pub(crate) bitmaps_file: Option<Arc<dyn BlockNode>>,
 }
 
 impl Below {
@@ -105,6 +166,7 @@ impl Below {
                 SimFile::new("backing", backing.to_vec(), &SimClock::default()) as Arc<dyn BlockNode>
             }),
             arena_bytes: 4096,
+            bitmaps_file: None,
         }
     }
 
@@ -119,9 +181,29 @@ impl Below {
     }
 }
 
-/// Opens the driver for writing. Coroutine only.
+/// Opens the driver for writing, with the image's bitmaps if it has some. Coroutine only.
 pub(crate) fn co_open(below: &Below) -> Result<Arc<Qcow2Node>, String> {
-    Qcow2Node::co_open(Arc::clone(&below.file), below.options()).map_err(|e| e.to_string())
+    let node = Qcow2Node::co_open(Arc::clone(&below.file), below.options()).map_err(|e| e.to_string())?;
+    let header = co_read_header(&*below.file, Purpose::Use).map_err(|e| e.to_string())?;
+    let header = header.map_err(|e| e.to_string())?;
+    let file = below.bitmaps_file.as_ref().unwrap_or(&below.file);
+    if let Some(bitmaps) = Bitmaps::co_load(file, &header).map_err(|e| e.to_string())? {
+        bitmaps.note(&node);
+        node.set_write_hooks(vec![bitmaps]);
+    }
+    Ok(node)
+}
+
+/// Opens an image as the daemon does. Coroutine only.
+fn co_open_really(path: &Path, read_only: bool, snapshot: Option<&str>) -> Result<Arc<Qcow2Node>, String> {
+    let options = OpenOptions {
+        format: Format::Qcow2,
+        read_only,
+        snapshot: snapshot.map(|s| SnapshotSel::Name(s.to_owned())),
+        backing_probe: true,
+        ..OpenOptions::new(path)
+    };
+    co_open_qcow2(&options).map_err(|e| e.to_string())
 }
 
 fn header_string(d: &[u8], at: usize, len: usize) -> Option<String> {

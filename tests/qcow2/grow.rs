@@ -178,8 +178,15 @@ fn crash(c: &Case, seed: u64) -> (usize, usize, Vec<String>) {
     let guest = guest.lock().unwrap();
     let mut failures: Vec<String> = guest.errors.clone();
     failures.extend(guest.judge_reads(initial, false).err());
-    let history =
-        Crash { files: &files, history: &guest.history, initial, backing: &backing, snapshots: &snapshots };
+    let history = Crash {
+        files: &files,
+        history: &guest.history,
+        initial,
+        backing: &backing,
+        snapshots: &snapshots,
+        bitmaps: &BTreeMap::new(),
+        damaged: false,
+    };
     let mut reader = image::Reader::new(backing.clone());
     let mut seen_sizes = std::collections::BTreeSet::new();
     let mut look = |views: &[&[u8]], n: usize| -> std::result::Result<(), String> {

@@ -168,6 +168,29 @@ impl Layout {
         1 << self.cluster_bits
     }
 
+    /// The bits of a bitmap: one for each range of its granularity.
+    pub(crate) fn bits(&self, d: &[u8], b: &Bitmap) -> Result<Vec<bool>, String> {
+        let count = self.size.div_ceil(1 << b.granularity_bits);
+        let entries = count.div_ceil(8).div_ceil(self.cluster());
+        if u64::from(b.table_size) != entries {
+            return Err(format!("bitmap {}: {} table entries, not {entries}", b.name, b.table_size));
+        }
+        let bit = |i: u64| {
+            let (byte, shift) = (i / 8, i % 8);
+            let entry = be64(d, (b.table_offset + byte / self.cluster() * 8) as usize);
+            match entry {
+                0 => Ok(false),
+                1 => Ok(true),
+                e if e & !OFFSET != 0 => Err(format!("bitmap {}: table entry {e:#x}", b.name)),
+                e => match d.get((e + byte % self.cluster()) as usize) {
+                    Some(byte) => Ok(byte >> shift & 1 != 0),
+                    None => Err(format!("bitmap {}: {e:#x} is past the end of the file", b.name)),
+                },
+            }
+        };
+        (0..count).map(bit).collect()
+    }
+
     pub(crate) fn extended(&self) -> bool {
         self.incompatible & EXTENDED_L2 != 0
     }
@@ -271,6 +294,10 @@ fn parse_bitmaps(d: &[u8], count: u32, size: u64, offset: u64) -> Result<(u64, u
 pub(crate) struct Check {
     pub(crate) corruptions: Vec<String>,
     pub(crate) leaks: u64,
+    /// Clusters whose refcount is too low: they may be given away.
+    pub(crate) undercounted: u64,
+    /// Entries that say COPIED of a cluster that others refer to as well: an overwrite would hit them.
+    pub(crate) overtrusted: u64,
 }
 
 /// Most corruptions that are told.
@@ -398,6 +425,8 @@ impl Checker<'_> {
 
     fn copied_is(&mut self, what: &str, entry: u64, host: u64) {
         let n = self.l.refcount(self.d, host >> self.l.cluster_bits);
+        let references = self.refs.get((host >> self.l.cluster_bits) as usize).copied().unwrap_or(0);
+        self.out.overtrusted += u64::from(entry & COPIED != 0 && references > 1);
         if (entry & COPIED != 0) != (n == 1) {
             self.bad(|| format!("{what} {entry:#x}: COPIED is wrong for refcount {n}"));
         }
@@ -409,7 +438,7 @@ impl Checker<'_> {
 pub(crate) fn check(d: &[u8]) -> Check {
     let l = match Layout::parse(d) {
         Ok(l) => l,
-        Err(e) => return Check { corruptions: vec![e], leaks: 0 },
+        Err(e) => return Check { corruptions: vec![e], ..Check::default() },
     };
     let clusters = d.len().div_ceil(l.cluster() as usize);
     let mut c = Checker { d, l: &l, refs: vec![0; clusters], out: Check::default() };
@@ -452,6 +481,7 @@ pub(crate) fn check(d: &[u8]) -> Check {
     if l.incompatible & DIRTY == 0 {
         for i in 0..clusters {
             let (have, want) = (l.refcount(d, i as u64), u64::from(c.refs[i]));
+            c.out.undercounted += u64::from(have < want);
             if have < want {
                 c.bad(|| {
                     format!("cluster {:#x}: refcount {have}, references {want}", (i as u64) << l.cluster_bits)

@@ -208,6 +208,8 @@ fn naive_run(bug: Bug, seed: u64) -> Verdict {
         initial: &initial,
         backing: &[],
         snapshots: &BTreeMap::new(),
+        bitmaps: &BTreeMap::new(),
+        damaged: false,
     };
     enumerate(&crash, QUICK, seed, &mut |_, _| Ok(()))
 }

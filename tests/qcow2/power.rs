@@ -186,6 +186,17 @@ impl History {
     }
 }
 
+impl History {
+    /// Judges a disk as it was found after the end: what was flushed is there, and nothing that nobody wrote.
+    pub(crate) fn judge_after(&self, disk: &[u8], initial: &[u8]) -> Result<(), String> {
+        let allowed = self.allowed_at(&self.by_sector(), u64::MAX);
+        for (s, bytes) in disk.chunks(SECTOR).enumerate() {
+            judge_sector(&allowed[s], s, bytes, &initial[s * SECTOR..][..bytes.len()])?;
+        }
+        Ok(())
+    }
+}
+
 /// Whether each byte is one that the sector may hold.
 fn is_mix(allowed: &Allowed, sector: usize, bytes: &[u8], initial: &[u8]) -> bool {
     let mut may: Vec<Vec<u8>> = Vec::new();
@@ -384,6 +395,9 @@ pub(crate) struct Verdict {
     pub(crate) failures: Vec<String>,
     /// The images of the first failure.
     pub(crate) evidence: Option<Vec<Vec<u8>>>,
+    /// States in which a bitmap was marked in use, and in which one that had to show changes was believed.
+    pub(crate) bitmaps_in_use: usize,
+    pub(crate) bitmaps_believed: usize,
 }
 
 /// Says what is wrong with the files' bytes; the second argument is the number of the state.
@@ -399,7 +413,16 @@ pub(crate) struct Crash<'a> {
     pub(crate) backing: &'a [u8],
     /// Content of each snapshot, by name: must stay as it is.
     pub(crate) snapshots: &'a BTreeMap<String, Vec<u8>>,
+    /// Bits of each persistent bitmap at the beginning, by name.
+    pub(crate) bitmaps: &'a BTreeMap<String, Vec<bool>>,
+    /// The image was damaged before: what is left of that is not judged here, the content is.
+    pub(crate) damaged: bool,
 }
+
+/// `in_use` of a bitmap: it is not believed.
+pub(crate) const BITMAP_IN_USE: u32 = 1;
+/// `auto`: it records all changes.
+pub(crate) const BITMAP_AUTO: u32 = 2;
 
 /// Stops telling failures after so many.
 const FAILURES: usize = 5;
@@ -439,8 +462,8 @@ impl Judge<'_, '_> {
 
     fn look(&mut self, views: &[&[u8]]) -> Result<(), String> {
         let image = views[0];
-        let Check { corruptions, leaks } = image::check(image);
-        if !corruptions.is_empty() {
+        let Check { corruptions, leaks, .. } = image::check(image);
+        if !corruptions.is_empty() && !self.crash.damaged {
             return Err(format!("metadata: {}", corruptions.join("; ")));
         }
         self.verdict.leaking += usize::from(leaks > 0);
@@ -467,6 +490,49 @@ impl Judge<'_, '_> {
         }
         if l.snapshots.len() != self.crash.snapshots.len() {
             return Err(format!("{} snapshots are left", l.snapshots.len()));
+        }
+        self.look_at_bitmaps(&l, image)
+    }
+
+    /// A bitmap that may be believed has a bit for everything that is, or certainly was, written over.
+    fn look_at_bitmaps(&mut self, l: &Layout, image: &[u8]) -> Result<(), String> {
+        if self.crash.bitmaps.is_empty() {
+            return Ok(());
+        }
+        let there = l.bitmaps.as_ref().map_or(&[][..], |b| &b.2);
+        if there.len() != self.crash.bitmaps.len() {
+            return Err(format!("{} bitmaps are left", there.len()));
+        }
+        // Without the feature nobody believes any of them.
+        if l.autoclear & 1 == 0 {
+            return Ok(());
+        }
+        for b in there {
+            let Some(before) = self.crash.bitmaps.get(&b.name) else {
+                return Err(format!("bitmap {:?} is not known", b.name));
+            };
+            if b.flags & BITMAP_IN_USE != 0 {
+                self.verdict.bitmaps_in_use += 1;
+                continue;
+            }
+            let bits = l.bits(image, b)?;
+            if b.flags & BITMAP_AUTO == 0 {
+                if bits != *before {
+                    return Err(format!("the disabled bitmap {:?} has changed", b.name));
+                }
+                continue;
+            }
+            if let Some(i) = before.iter().zip(&bits).position(|(old, new)| *old && !new) {
+                return Err(format!("bitmap {:?} has lost bit {i}", b.name));
+            }
+            for (s, bytes) in self.disk.chunks(SECTOR).enumerate() {
+                let same =
+                    self.allowed[s].initial && self.crash.initial[s * SECTOR..][..bytes.len()] == *bytes;
+                if !same && !bits[(s * SECTOR) >> b.granularity_bits] {
+                    return Err(format!("bitmap {:?} is believed and misses a write to sector {s}", b.name));
+                }
+            }
+            self.verdict.bitmaps_believed += usize::from(bits != *before);
         }
         Ok(())
     }

@@ -148,6 +148,8 @@ impl Rig {
             initial: &self.initial,
             backing: &[],
             snapshots: &snapshots,
+            bitmaps: &BTreeMap::new(),
+            damaged: false,
         };
         let v = enumerate(&crash, effort, 1, &mut |_, _| Ok(()));
         assert_eq!(v.failures, Vec::<String>::new());
