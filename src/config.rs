@@ -481,6 +481,8 @@ pub struct ExportConfig {
     pub snapshot: Option<String>,
     /// qcow2: tell unrecorded formats of backing files by their first bytes.
     pub backing_probe: bool,
+    /// qcow2: backing images may be exports of NBD servers.
+    pub backing_nbd: bool,
     /// qcow2: memory for L2 tables; None means what covers the image, up to a bound.
     pub l2_cache: Option<Size>,
     /// Dirty bitmaps that are offered as metadata contexts.
@@ -512,6 +514,7 @@ impl ExportConfig {
             allow: None,
             snapshot: None,
             backing_probe: false,
+            backing_nbd: false,
             l2_cache: None,
             bitmaps: Vec::new(),
             allocation_depth: false,
@@ -647,6 +650,7 @@ struct ExportTable {
     allow: Option<Spanned<Vec<String>>>,
     snapshot: Option<String>,
     backing_probe: Option<bool>,
+    backing_nbd: Option<bool>,
     l2_cache: Option<Size>,
     bitmaps: Option<Vec<String>>,
     allocation_depth: Option<bool>,
@@ -703,6 +707,10 @@ pub struct ServeFlags {
     /// qcow2: tell the format of a backing file by its first bytes where the image does not record it
     #[arg(long)]
     pub allow_backing_probe: bool,
+
+    /// qcow2: let images have us read their backing images from the NBD servers that they name
+    #[arg(long)]
+    pub allow_backing_nbd: bool,
 
     /// qcow2: memory for L2 tables, such as 32M [default: what covers the image, at most 256M]
     #[arg(long, value_name = "SIZE")]
@@ -1009,6 +1017,7 @@ impl Config {
             export.discard = flags.discard.unwrap_or(export.discard);
             export.lock = flags.lock.unwrap_or(export.lock);
             export.backing_probe |= flags.allow_backing_probe;
+            export.backing_nbd |= flags.allow_backing_nbd;
             export.l2_cache = flags.l2_cache.or(export.l2_cache);
             export.allocation_depth |= flags.allocation_depth;
             export.max_connections = flags.export_max_connections.unwrap_or(export.max_connections);
@@ -1254,6 +1263,7 @@ fn check_exports(
         }
         export.snapshot = table.snapshot;
         export.backing_probe = table.backing_probe.unwrap_or(false);
+        export.backing_nbd = table.backing_nbd.unwrap_or(false);
         export.l2_cache = table.l2_cache;
         export.bitmaps = table.bitmaps.unwrap_or_default();
         export.allocation_depth = table.allocation_depth.unwrap_or(false);

@@ -24,12 +24,15 @@
 use crate::aio::engine::EngineChoice;
 use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig};
 use crate::block::qcow2::SnapshotSel;
-use crate::block::{self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions};
+use crate::block::{
+    self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions, OpenRemote,
+};
 use crate::co;
 use crate::config::{
     Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, ServeFlags, check_filter, parse_vsock,
 };
 use crate::nbd::access::TlsMode;
+use crate::nbd::backing::NbdBacking;
 use crate::nbd::client::{Uri, UriTls};
 use crate::nbd::export::{Export, ExportError, ExportOptions, ExportTable};
 use crate::nbd::proto::{NBD_CMD_READ, NBD_CMD_WRITE};
@@ -979,6 +982,7 @@ fn open_image(export: &ExportConfig, only_check: bool) -> Result<Arc<BlockBacken
         size: export.size.map(|size| size.0),
         snapshot: export.snapshot.clone().map(SnapshotSel::IdOrName),
         backing_probe: export.backing_probe,
+        remote: export.backing_nbd.then(|| Arc::new(NbdBacking::default()) as Arc<dyn OpenRemote>),
         l2_cache: export.l2_cache.map(|size| size.0),
         bitmaps: export.bitmaps.clone(),
         ..OpenOptions::new(&export.image)

@@ -4,8 +4,8 @@
 //!   overlay.qcow2 ──names──▶ middle.qcow2 ──names──▶ base.raw        walked downwards, in a loop and not recursively
 //!       Qcow2Node ──────────▶ Qcow2Node ───────────▶ RawNode          built upwards, when the last is known
 //! ```
-//! Names in an image are followed only as far as is safe: relative to the image that holds them; files, not protocols;
-//! no file twice; not deeper than [`MAX_DEPTH`]; the format of a backing image must be recorded, because a guest that can
+//! Names in an image are followed only as far as is safe: relative to the image that holds them; files, and NBD servers only where
+//! that was allowed ([`OpenRemote`]); never from what a server holds back to files of this host; no file twice; not deeper than [`MAX_DEPTH`]; the format of a backing image must be recorded, because a guest that can
 //! write a raw backing image's first sector could otherwise have any file of the host opened (CVE-2008-2004).
 //!
 //! Backing images are opened read-only. A file that belongs to a qcow2 image which is open for writing is not opened a
@@ -22,7 +22,7 @@ use super::wait::lock;
 use super::{BlockNode, Result};
 use crate::co;
 use serde_json::{Map, Value};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::IoSliceMut;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -34,6 +34,14 @@ pub const MAX_DEPTH: usize = 200;
 
 /// Longest `json:` name that is looked at is the longest name there is; this is how deep it may nest (ours).
 const JSON_DEPTH: usize = 8;
+
+/// Why a name of a server is not followed.
+const NOT_ALLOWED: &str = "on an NBD server, and images may not have us connect to servers unless that is allowed: \
+                           conbd serve --allow-backing-nbd, or backing_nbd = true in its configuration file";
+
+/// Why a file's name is not followed.
+const FROM_AFAR: &str =
+    "it comes from an NBD server, and names a file; what a server holds must not open files of this host";
 
 /// Files of qcow2 images that this process has open: by device and inode, how many users; `usize::MAX`: a writer.
 static CLAIMS: Mutex<Option<HashMap<(u64, u64), usize>>> = Mutex::new(None);
@@ -68,12 +76,59 @@ impl Drop for Claim {
     }
 }
 
+/// A name in an image of something that is no file of this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RemoteName {
+    /// `nbd:…`, `nbd://…`, `nbd+unix://…` and their like.
+    Name(String),
+    /// What a `json:` name with the driver nbd says, flat, without the driver.
+    Keys(BTreeMap<String, String>),
+}
+
+impl std::fmt::Display for RemoteName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            RemoteName::Name(name) => write!(f, "{name:?}"),
+            RemoteName::Keys(keys) => write!(f, "json: {keys:?}"),
+        }
+    }
+}
+
+/// Opens what is no file: this floor knows no protocol.
+pub trait OpenRemote: Send + Sync + std::fmt::Debug {
+    /// Opens what the name stands for, read-only. Names of nodes are alike only if they are the same thing. Coroutine only;
+    /// yields.
+    ///
+    /// # Errors
+    /// What is wrong with the name, or why there is nothing, in one line.
+    fn co_open(&self, name: &RemoteName) -> std::result::Result<Arc<dyn BlockNode>, String>;
+}
+
+/// Where a backing image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackingName {
+    /// A file, or a device.
+    File(PathBuf),
+    /// Something else.
+    Remote(RemoteName),
+}
+
 /// What a backing file's name stands for.
 #[derive(Debug, PartialEq, Eq)]
 struct Target {
-    path: PathBuf,
+    place: BackingName,
     /// `None`: told by nobody.
     format: Option<LayerFormat>,
+}
+
+impl Target {
+    /// For messages.
+    fn shown(&self) -> PathBuf {
+        match &self.place {
+            BackingName::File(path) => path.clone(),
+            BackingName::Remote(name) => PathBuf::from(name.to_string()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +142,7 @@ impl LayerFormat {
         match name {
             "qcow2" => Ok(LayerFormat::Qcow2),
             // QEMU lets protocol drivers stand for "the bytes as they are".
-            "raw" | "file" | "host_device" => Ok(LayerFormat::Raw),
+            "raw" | "file" | "host_device" | "nbd" => Ok(LayerFormat::Raw),
             other => Err(format!("the backing format {other:?} is not supported, only raw and qcow2 are")),
         }
     }
@@ -145,11 +200,13 @@ pub(super) fn co_open_qcow2(
     let writable = !options.read_only && options.snapshot.is_none();
     let mut seen = HashSet::new();
     let mut layers: Vec<Layer> = Vec::new();
-    let mut next = Some((options.filename.clone(), claim(top, &options.filename, writable, &mut seen)?));
+    let mut seen_remote = HashSet::new();
+    let top: Arc<dyn BlockNode> = Arc::new(claim(top, &options.filename, writable, &mut seen)?);
+    // Whether what holds the image is a file of this host.
+    let mut next = Some((options.filename.clone(), top, true));
     let mut base: Option<Arc<dyn BlockNode>> = None;
-    while let Some((path, file)) = next.take() {
+    while let Some((path, file, local)) = next.take() {
         let fail = |problem: String| OpenError::Chain { path: path.clone(), problem };
-        let file: Arc<dyn BlockNode> = Arc::new(file);
         let header = co_read_header(&*file, Purpose::Use)
             .map_err(|e| OpenError::Io { path: path.clone(), source: e.source })?
             .map_err(|e| OpenError::Qcow2Format { path: path.clone(), source: Box::new(e) })?;
@@ -160,6 +217,7 @@ pub(super) fn co_open_qcow2(
         }
         let data_file = match header.has_data_file() {
             false => None,
+            true if !local => return Err(fail(FROM_AFAR.to_owned())),
             true => Some(co_open_data_file(&path, &header, options, layer_writable, &mut seen)?),
         };
         let backing =
@@ -171,24 +229,34 @@ pub(super) fn co_open_qcow2(
         if layers.len() >= MAX_DEPTH {
             return Err(fail(format!("its backing chain is deeper than {MAX_DEPTH} images")));
         }
-        let below = OpenOptions { lock: options.lock, ..options.clone() };
-        // A loop is told before the lock that the image itself holds stands against opening it again.
-        let opened = co::co_run_blocking(|| match std::fs::metadata(&target.path) {
-            Ok(m) if m.is_file() && seen.contains(&(m.dev(), m.ino())) => {
-                Err(OpenError::ChainLoop { path: target.path.clone() })
-            }
-            _ => open_file(&target.path, &below, true),
-        });
         let nested = |source: OpenError| OpenError::Backing { path: path.clone(), source: Box::new(source) };
-        let file = claim(opened.map_err(nested)?, &target.path, false, &mut seen).map_err(nested)?;
-        match co_layer_format(&target, &file, options).map_err(|e| e.at(&path))? {
-            LayerFormat::Qcow2 => next = Some((target.path, file)),
+        let below = match &target.place {
+            BackingName::Remote(name) => {
+                let Some(opener) = &options.remote else {
+                    return Err(fail(format!("its backing image {name} is {NOT_ALLOWED}")));
+                };
+                let node =
+                    opener.co_open(name).map_err(|why| fail(format!("its backing image {name}: {why}")))?;
+                if !seen_remote.insert(node.name().to_owned()) {
+                    return Err(OpenError::ChainLoop { path: node.name().into() });
+                }
+                node
+            }
+            BackingName::File(_) if !local => return Err(fail(FROM_AFAR.to_owned())),
+            BackingName::File(below) => {
+                let file = co_open_below(below, options, &mut seen).map_err(nested)?;
+                Arc::new(file) as Arc<dyn BlockNode>
+            }
+        };
+        let is_file = matches!(target.place, BackingName::File(_));
+        match co_layer_format(&target, &*below, options).map_err(|e| e.at(&path))? {
+            LayerFormat::Qcow2 => next = Some((target.shown(), below, is_file)),
             LayerFormat::Raw => {
-                let name = file.name().to_owned();
-                let len = file.len();
+                let name = below.name().to_owned();
+                let len = below.len();
                 // A window of the size that it has now: below a format, a file would answer past its end.
-                let raw = RawNode::new(&name, Arc::new(file), 0, Some(len))
-                    .map_err(|e| OpenError::Io { path: target.path.clone(), source: e.source })?;
+                let raw = RawNode::new(&name, below, 0, Some(len))
+                    .map_err(|e| OpenError::Io { path: target.shown(), source: e.source })?;
                 base = Some(Arc::new(raw));
             }
         }
@@ -200,6 +268,22 @@ pub(super) fn co_open_qcow2(
         base = Some(node);
     }
     co_build(top, base, options, false)
+}
+
+/// Opens the file of a backing image. Yields.
+fn co_open_below(
+    path: &Path,
+    options: &OpenOptions,
+    seen: &mut HashSet<(u64, u64)>,
+) -> std::result::Result<FileNode, OpenError> {
+    // A loop is told before the lock that the image itself holds stands against opening it again.
+    let opened = co::co_run_blocking(|| match std::fs::metadata(path) {
+        Ok(m) if m.is_file() && seen.contains(&(m.dev(), m.ino())) => {
+            Err(OpenError::ChainLoop { path: path.to_owned() })
+        }
+        _ => open_file(path, options, true),
+    });
+    claim(opened?, path, false, seen)
 }
 
 fn co_build(
@@ -298,38 +382,39 @@ impl LayerError {
 
 fn co_layer_format(
     target: &Target,
-    file: &FileNode,
+    node: &dyn BlockNode,
     options: &OpenOptions,
 ) -> std::result::Result<LayerFormat, LayerError> {
     if let Some(format) = target.format {
         return Ok(format);
     }
     if !options.backing_probe {
-        return Err(LayerError::Unknown(target.path.clone()));
+        return Err(LayerError::Unknown(target.shown()));
     }
-    let head = co::co_run_blocking(|| file.read_head(PROBE_LEN)).map_err(LayerError::Read)?;
+    let mut head = vec![0; PROBE_LEN.min(usize::try_from(node.len()).unwrap_or(PROBE_LEN))];
+    node.co_preadv(0, &mut [IoSliceMut::new(&mut head)]).map_err(|e| LayerError::Read(e.source))?;
     match probe(&head) {
         Some(ForeignFormat::Qcow2) => Ok(LayerFormat::Qcow2),
-        Some(other) => Err(LayerError::Foreign(target.path.clone(), other)),
+        Some(other) => Err(LayerError::Foreign(target.shown(), other)),
         None => Ok(LayerFormat::Raw),
     }
 }
 
-/// The path of the image below the one at `image`, and its format if that is told; `None`: there is none.
+/// Where the image below the one at `image` is, and its format if that is told; `None`: there is none.
 ///
 /// # Errors
 /// Why the name cannot be followed.
 pub fn backing_of(
     image: &Path,
     header: &Header,
-) -> std::result::Result<Option<(PathBuf, Option<&'static str>)>, String> {
+) -> std::result::Result<Option<(BackingName, Option<&'static str>)>, String> {
     let Some(name) = &header.backing_file else { return Ok(None) };
     let target = resolve(image, name, header.backing_format.as_deref())?;
     let format = target.format.map(|f| match f {
         LayerFormat::Raw => "raw",
         LayerFormat::Qcow2 => "qcow2",
     });
-    Ok(Some((target.path, format)))
+    Ok(Some((target.place, format)))
 }
 
 /// What a backing file name means, in an image at `image`.
@@ -339,7 +424,7 @@ fn resolve(image: &Path, name: &[u8], format: Option<&[u8]>) -> std::result::Res
         Some(f) => Some(LayerFormat::parse(&String::from_utf8_lossy(f))?),
     };
     let Some(json) = name.strip_prefix(b"json:") else {
-        return Ok(Target { path: plain_path(image, name)?, format });
+        return Ok(Target { place: plain_name(image, name)?, format });
     };
     let value: Value = serde_json::from_slice(json)
         .map_err(|e| format!("its backing file name is json: with a mistake: {e}"))?;
@@ -380,6 +465,18 @@ fn from_json(
 ) -> std::result::Result<Target, String> {
     let word = |key: &str| flat.get(key).and_then(Value::as_str);
     let unsupported = |what: &str| format!("its json: backing file name has {what}, which is not supported");
+    if word("file.driver") == Some("nbd") && !flat.contains_key("file.filename") {
+        let format = match word("driver") {
+            Some(driver @ ("raw" | "qcow2")) => Some(LayerFormat::parse(driver)?),
+            Some(other) => return Err(unsupported(&format!("the driver {other:?}"))),
+            None => recorded,
+        };
+        return Ok(Target { place: BackingName::Remote(remote_keys(flat, "file.")?), format });
+    }
+    if word("driver") == Some("nbd") && !flat.contains_key("filename") {
+        let format = recorded.or(Some(LayerFormat::Raw));
+        return Ok(Target { place: BackingName::Remote(remote_keys(flat, "")?), format });
+    }
     for key in flat.keys() {
         let known = ["driver", "filename", "file.driver", "file.filename"];
         // QEMU writes these along; they say what holds anyway for a backing image.
@@ -389,7 +486,7 @@ fn from_json(
         }
     }
     let protocol = |driver: Option<&str>| match driver {
-        None | Some("file" | "host_device") => Ok(()),
+        None | Some("file" | "host_device" | "nbd") => Ok(()),
         Some(other) => Err(unsupported(&format!("the driver {other:?}"))),
     };
     let (name, format) = if let Some(name) = word("file.filename") {
@@ -407,7 +504,53 @@ fn from_json(
     } else {
         return Err(unsupported("no filename"));
     };
-    Ok(Target { path: plain_path(image, name.as_bytes())?, format })
+    Ok(Target { place: plain_name(image, name.as_bytes())?, format })
+}
+
+/// What QEMU writes along in `json:` names; it says what holds anyway for a backing image.
+const HARMLESS: [&str; 3] = ["read-only", "auto-read-only", "node-name"];
+
+/// The keys of a `json:` name with the driver nbd, which stands at `prefix`.
+fn remote_keys(flat: &Map<String, Value>, prefix: &str) -> std::result::Result<RemoteName, String> {
+    let mut keys = BTreeMap::new();
+    for (key, value) in flat {
+        let inner = key.strip_prefix(prefix);
+        if HARMLESS.contains(&inner.unwrap_or(key)) || inner == Some("driver") {
+            continue;
+        }
+        let value = match value {
+            Value::String(text) => text.clone(),
+            Value::Number(n) => n.to_string(),
+            _ => {
+                return Err(format!(
+                    "its json: backing file name has {key:?}, which is no text and no number"
+                ));
+            }
+        };
+        match inner {
+            Some(inner) => drop(keys.insert(inner.to_owned(), value)),
+            None if key == "driver" => {}
+            None => {
+                return Err(format!(
+                    "its json: backing file name has the key {key:?}, which is not supported"
+                ));
+            }
+        }
+    }
+    Ok(RemoteName::Keys(keys))
+}
+
+/// A name in an image at `image`: of an NBD server's export, or of a file.
+fn plain_name(image: &Path, name: &[u8]) -> std::result::Result<BackingName, String> {
+    let scheme = name.split(|&c| c == b':').next().filter(|scheme| scheme.len() < name.len());
+    if let Some(b"nbd" | b"nbds") | Some([b'n', b'b', b'd', b'+', ..] | [b'n', b'b', b'd', b's', b'+', ..]) =
+        scheme
+    {
+        let text = std::str::from_utf8(name)
+            .map_err(|_| format!("the name \"{}\" is not UTF-8", name.escape_ascii()))?;
+        return Ok(BackingName::Remote(RemoteName::Name(text.to_owned())));
+    }
+    Ok(BackingName::File(plain_path(image, name)?))
 }
 
 /// A file's name in an image at `image`: relative ones are relative to it.
@@ -420,7 +563,7 @@ fn plain_path(image: &Path, name: &[u8]) -> std::result::Result<PathBuf, String>
     let first = name.split(|&c| c == b'/').next().unwrap_or_default();
     if first.contains(&b':') {
         let shown = name.escape_ascii();
-        return Err(format!("the name \"{shown}\" begins with a protocol; only files are supported"));
+        return Err(format!("the name \"{shown}\" begins with a protocol; files and nbd: are supported"));
     }
     let path = Path::new(std::ffi::OsStr::from_bytes(name));
     Ok(image.parent().unwrap_or(Path::new("")).join(path))
@@ -435,7 +578,7 @@ mod tests {
     }
 
     fn ok(path: &str, format: Option<LayerFormat>) -> std::result::Result<Target, String> {
-        Ok(Target { path: path.into(), format })
+        Ok(Target { place: BackingName::File(path.into()), format })
     }
 
     #[test]
@@ -444,7 +587,7 @@ mod tests {
         assert_eq!(target("/x/b", Some("qcow2")), ok("/x/b", Some(LayerFormat::Qcow2)));
         assert_eq!(target("file:sub/b:c", None), ok("/images/sub/b:c", None));
         let here = resolve(Path::new("top.qcow2"), b"base", None).unwrap();
-        assert_eq!(here.path, Path::new("base"));
+        assert_eq!(here.place, BackingName::File("base".into()));
     }
 
     #[test]
@@ -460,16 +603,40 @@ mod tests {
     }
 
     #[test]
+    fn names_of_servers_are_told_from_files() {
+        let remote = |name: &str, format| {
+            let place = BackingName::Remote(RemoteName::Name(name.to_owned()));
+            Ok(Target { place, format })
+        };
+        for name in ["nbd://h/x", "nbd:h:1", "nbd+unix:///x?socket=/s", "nbds://h"] {
+            assert_eq!(target(name, Some("raw")), remote(name, Some(LayerFormat::Raw)));
+        }
+        let inner = r#"json:{"driver":"qcow2","file.filename":"nbd://h/x"}"#;
+        assert_eq!(target(inner, None), remote("nbd://h/x", Some(LayerFormat::Qcow2)));
+        assert_eq!(target("nbd", None), ok("/images/nbd", None));
+        let keys = |pairs: &[(&str, &str)], format| {
+            let keys = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            Ok(Target { place: BackingName::Remote(RemoteName::Keys(keys)), format })
+        };
+        let nested = r#"json:{"driver":"qcow2","file":{"driver":"nbd","server":{"type":"inet","host":"h","port":7},"read-only":true}}"#;
+        let flat = [("server.host", "h"), ("server.port", "7"), ("server.type", "inet")];
+        assert_eq!(target(nested, None), keys(&flat, Some(LayerFormat::Qcow2)));
+        let bare = r#"json:{"driver":"nbd","path":"/s","export":"e"}"#;
+        assert_eq!(target(bare, None), keys(&[("path", "/s"), ("export", "e")], Some(LayerFormat::Raw)));
+    }
+
+    #[test]
     fn what_is_not_followed_is_named() {
         for (name, format, want) in [
-            ("nbd://host/x", None, "protocol"),
-            ("nbd:unix:/s", None, "protocol"),
+            ("ssh://host/x", None, "protocol"),
+            (r#"json:{"driver":"nbd","host":["h"]}"#, None, "no text and no number"),
+            (r#"json:{"driver":"qcow2","x":"y","file":{"driver":"nbd","host":"h"}}"#, None, "\"x\""),
+            (r#"json:{"driver":"luks","file":{"driver":"nbd","host":"h"}}"#, None, "\"luks\""),
             ("", None, "not that of a file"),
             ("x", Some("vmdk"), "\"vmdk\" is not supported"),
             ("json:[1]", None, "no object"),
             ("json:{", None, "mistake"),
-            (r#"json:{"driver":"nbd","host":"h"}"#, None, "\"host\""),
-            (r#"json:{"driver":"qcow2","file":{"driver":"nbd","filename":"h"}}"#, None, "\"nbd\""),
+            (r#"json:{"driver":"qcow2","file":{"driver":"ssh","filename":"h"}}"#, None, "\"ssh\""),
             (
                 r#"json:{"driver":"qcow2","backing":{"driver":"raw"},"file.filename":"h"}"#,
                 None,

@@ -8,7 +8,7 @@
 //! ```
 //! Opening blocks (paths, locks, sysfs): the daemon does it before it serves; later only by [`co_open`].
 
-use super::chain;
+use super::chain::{self, OpenRemote};
 use super::file::{CacheMode, DiscardMode, FileNode, FileOptions};
 use super::lock_bytes::LockMode;
 use super::overlay;
@@ -102,6 +102,9 @@ pub struct OpenOptions {
     /// qcow2: tell the format of backing images by their first sector where it is not recorded. Only when no guest
     /// ever wrote to a raw one.
     pub backing_probe: bool,
+    /// qcow2: opens backing images that are not files; `None`: images may not name such. An image that somebody else made can
+    /// have this process connect to wherever it says.
+    pub remote: Option<Arc<dyn OpenRemote>>,
     /// qcow2: leave the backing image out; what is not in the image itself reads as zeroes. Read-only use.
     pub no_backing: bool,
     /// qcow2: bytes of L2 tables to keep in memory; `None`: all, up to a bound.
@@ -129,6 +132,7 @@ impl OpenOptions {
             size: None,
             snapshot: None,
             backing_probe: false,
+            remote: None,
             no_backing: false,
             l2_cache: None,
             bitmaps: Vec::new(),

@@ -40,7 +40,7 @@ mod status_cache;
 mod wait;
 
 pub use backend::{BackendStats, BlockBackend, Drained};
-pub use chain::{MAX_DEPTH, backing_of, co_read_header};
+pub use chain::{BackingName, MAX_DEPTH, OpenRemote, RemoteName, backing_of, co_read_header};
 pub use detect_zeroes::{DetectZeroes, DetectZeroesNode};
 pub use fault::{FaultAction, FaultNode, FaultOps, FaultRule, FaultWhen, HeldOp, RuleId};
 pub use file::{CacheMode, DiscardMode, FileNode, FileOptions};

@@ -4,12 +4,14 @@ use super::{EXIT_OK, Failure, run_coroutine, with_sources, write_out};
 use crate::block::qcow2::create::{CreateOptions, Preallocation, check_options, co_create};
 use crate::block::qcow2::header::Compression;
 use crate::block::{
-    self, BlockNode as _, FileNode, FileOptions, LockMode, OpenError, OpenOptions, co_open_qcow2,
+    self, BlockNode as _, FileNode, FileOptions, LockMode, OpenError, OpenOptions, OpenRemote, co_open_qcow2,
 };
 use crate::config::{Format, Size};
+use crate::nbd::backing::NbdBacking;
 use clap::{Args, ValueEnum};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Format of a new image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -129,6 +131,10 @@ pub(crate) struct ResizeArgs {
 
     /// Its new size, such as 40G
     size: Size,
+
+    /// qcow2: the image may read its backing image from the NBD server that it names
+    #[arg(long)]
+    allow_backing_nbd: bool,
 
     /// Format [default: auto]
     #[arg(long, short = 'f', value_enum, default_value = "auto")]
@@ -267,7 +273,11 @@ pub(crate) fn resize(args: &ResizeArgs) -> Result<u8, Failure> {
         Format::Raw => block::Format::Raw,
         Format::Qcow2 => block::Format::Qcow2,
     };
-    let options = OpenOptions { format, ..OpenOptions::new(&args.image) };
+    let options = OpenOptions {
+        format,
+        remote: args.allow_backing_nbd.then(|| Arc::new(NbdBacking::default()) as Arc<dyn OpenRemote>),
+        ..OpenOptions::new(&args.image)
+    };
     let path = args.image.clone();
     let size = args.size.0;
     let smaller =

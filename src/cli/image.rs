@@ -7,8 +7,8 @@ use crate::block::qcow2::check::{co_read_bitmaps, co_read_snapshots};
 use crate::block::qcow2::header::{Autoclear, Compatible, Encryption, Header, Incompatible, Purpose};
 use crate::block::qcow2::snapshot::Snapshot;
 use crate::block::{
-    BlockNode as _, FileNode, FileOptions, ForeignFormat, LockMode, MAX_DEPTH, PROBE_LEN, backing_of,
-    co_read_header, probe,
+    BackingName, BlockNode as _, FileNode, FileOptions, ForeignFormat, LockMode, MAX_DEPTH, PROBE_LEN,
+    backing_of, co_read_header, probe,
 };
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -37,8 +37,13 @@ pub(crate) fn run(path: &Path, as_json: bool) -> Result<u8, Failure> {
         }
         let layer = read(&path, format)?;
         if let Some(q) = &layer.qcow2 {
-            next = backing_of(&path, &q.header)
-                .map_err(|why| Failure::failed(format!("image {path:?}: {why}")))?;
+            next = match backing_of(&path, &q.header) {
+                Ok(None) => None,
+                Ok(Some((BackingName::File(below), format))) => Some((below, format)),
+                // Nobody is asked for what an image says; the image's own part tells the name.
+                Ok(Some((BackingName::Remote(_), _))) => None,
+                Err(why) => return Err(Failure::failed(format!("image {path:?}: {why}"))),
+            };
         }
         layers.push(layer);
     }

@@ -4,6 +4,7 @@
 //! clock, no yield. `session` and `server` put them on sockets and coroutines.
 
 pub mod access;
+pub mod backing;
 pub mod budget;
 pub mod channel;
 pub mod client;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod aio;
+mod backing_nbd;
 mod block_device;
 mod block_direct;
 mod block_drain;

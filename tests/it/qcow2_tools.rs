@@ -272,7 +272,9 @@ fn what_a_chain_must_not_be_is_refused_with_the_reason() {
     create("gone.qcow2", "nothing.raw", Some("raw"));
     refused("gone.qcow2", &[], "nothing.raw\" does not exist");
     create("remote.qcow2", "nbd://127.0.0.1:1/x", Some("raw"));
-    refused("remote.qcow2", &[], "protocol");
+    refused("remote.qcow2", &[], "--allow-backing-nbd");
+    create("ssh.qcow2", "ssh://127.0.0.1:1/x", Some("raw"));
+    refused("ssh.qcow2", &["--allow-backing-nbd"], "protocol");
     create("vm.qcow2", "x.vmdk", Some("vmdk"));
     refused("vm.qcow2", &[], "\"vmdk\" is not supported");
     // A format that is not recorded: made by clearing the extension's type.
