@@ -27,7 +27,6 @@ use crate::block::qcow2::SnapshotSel;
 use crate::block::{
     self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions, OpenRemote,
 };
-use crate::co;
 use crate::config::{
     Cache, Config, Discard, ExportConfig, Format, Lock, LogFormat, ServeFlags, check_filter, parse_vsock,
 };
@@ -246,10 +245,17 @@ pub fn serve(config: &Config, flags: &ServeFlags) -> Result<Outcome, DaemonError
         exports: Box::new(|| open_exports(config)),
         server,
         grace: config.server.shutdown_timeout,
-        on_hup: OnHup::Reload(Reloader::new(config.clone(), {
-            let flags = flags.clone();
-            Box::new(move || Config::load(&flags))
-        })),
+        on_hup: OnHup::Reload(Reloader::new(
+            config.clone(),
+            reload::Hooks {
+                load: {
+                    let flags = flags.clone();
+                    Box::new(move || Config::load(&flags))
+                },
+                open: Box::new(|config, export| open_export(config, export).map_err(|e| e.to_string())),
+                options: Box::new(export_options),
+            },
+        )),
         command: config.run.command.clone(),
         ready: Box::new(move |server| {
             if let Some(path) = &pid_file {
@@ -401,11 +407,12 @@ impl Daemon {
             warn!(%error, "the supervisor cannot be told that the server stops (NOTIFY_SOCKET)");
         }
         // A reload that waits for requests gives up, and lets those go on that wait for it.
-        if let OnHup::Reload(reloader) = &on_hup {
-            reloader.stop();
-        }
+        let leaving = match &on_hup {
+            OnHup::Reload(reloader) => reloader.stop(),
+            OnHup::Stop => Vec::new(),
+        };
         let report = self.server.shutdown(self.grace);
-        let unclosed = close_images(&self.server);
+        let unclosed = close_images(&self.server, &leaving);
         self.main.remove_handler(handler);
         // From here on nothing polls the main context: a thread of its own hears a second signal, and the deadline.
         let finished = watch_the_end(signal_fd, CLOSE_GRACE, Arc::clone(log));
@@ -630,21 +637,16 @@ impl Stdio {
 }
 
 /// Lets every image store what it keeps in memory, when no request is left; returns how many could not.
-fn close_images(server: &Server) -> usize {
-    let backends: Vec<_> =
-        server.exports().snapshot().list().iter().map(|e| Arc::clone(e.backend())).collect();
-    let failed = |backend: Arc<BlockBackend>| {
-        let node = backend.root().name().to_owned();
-        let closed = co::run_to_end(move || backend.root().co_close().map_err(|e| e.to_string()));
-        match closed.map_err(|e| e.to_string()).and_then(|r| r) {
-            Ok(()) => false,
-            Err(why) => {
-                error!(node, error = why, "image could not be closed cleanly");
-                true
-            }
+fn close_images(server: &Server, leaving: &[Arc<Export>]) -> usize {
+    let table = server.exports().snapshot();
+    let mut backends: Vec<&Arc<BlockBackend>> = Vec::new();
+    for export in table.list().iter().chain(leaving) {
+        // One that a reload made again has the image of the one before.
+        if !backends.iter().any(|b| Arc::ptr_eq(b, export.backend())) {
+            backends.push(export.backend());
         }
-    };
-    backends.into_iter().filter(|b| failed(Arc::clone(b))).count()
+    }
+    backends.into_iter().filter(|backend| !reload::close(backend)).count()
 }
 
 /// Writes to stdout and flushes. Whoever started us may have closed it: that is no reason not to serve.
@@ -897,32 +899,36 @@ pub fn add_passed(server: &mut ServerConfig, passed: Vec<systemd::Passed>) -> Re
 
 /// Opens the images of the configuration, in its order.
 fn open_exports(config: &Config) -> Result<Vec<Arc<Export>>, DaemonError> {
-    let mut exports = Vec::new();
-    for export in &config.exports {
-        let backend = open_image(export, false)?;
-        let options = ExportOptions {
-            name: export.name.clone(),
-            description: export.description.clone(),
-            read_only: export.read_only,
-            max_connections: (export.max_connections > 0).then_some(export.max_connections),
-            tls_required: !export.in_the_clear(config.tls.mode()),
-            allow: export.allow.clone(),
-            allocation_depth: export.allocation_depth,
-            bitmaps: export.bitmaps.clone(),
-            ..ExportOptions::default()
-        };
-        let made = Export::new(options, backend)?;
-        info!(
-            export = export.name,
-            image = %export.image.display(),
-            size = made.size(),
-            read_only = made.read_only(),
-            cache = ?export.cache,
-            "export is ready"
-        );
-        exports.push(made);
+    config.exports.iter().map(|export| open_export(config, export)).collect()
+}
+
+/// Opens the image of one export. Blocks.
+fn open_export(config: &Config, export: &ExportConfig) -> Result<Arc<Export>, DaemonError> {
+    let made = Export::new(export_options(config, export), open_image(export, false)?)?;
+    info!(
+        export = export.name,
+        image = %export.image.display(),
+        size = made.size(),
+        read_only = made.read_only(),
+        cache = ?export.cache,
+        "export is ready"
+    );
+    Ok(made)
+}
+
+/// What clients are told of an export, and who they may be.
+fn export_options(config: &Config, export: &ExportConfig) -> ExportOptions {
+    ExportOptions {
+        name: export.name.clone(),
+        description: export.description.clone(),
+        read_only: export.read_only,
+        max_connections: (export.max_connections > 0).then_some(export.max_connections),
+        tls_required: !export.in_the_clear(config.tls.mode()),
+        allow: export.allow.clone(),
+        allocation_depth: export.allocation_depth,
+        bitmaps: export.bitmaps.clone(),
+        ..ExportOptions::default()
     }
-    Ok(exports)
 }
 
 /// A listener's error in one line, with what to do about it.

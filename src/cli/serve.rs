@@ -11,8 +11,8 @@ use clap::Args;
 /// stderr. Runs as PID 1 of a container as well as anywhere else.
 ///
 /// SIGTERM, SIGINT: stop accepting, finish what is in flight, flush, exit 0; a second one ends the program at
-/// once, with code 4. SIGUSR1: log the counters of every IOThread. SIGHUP: take up images that
-/// have become larger, and the grow_to of a changed configuration file.
+/// once, with code 4. SIGUSR1: log the counters of every IOThread. SIGHUP: take up a changed
+/// configuration file: exports that come and go, what is told of them, credentials, images that have become larger.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  conbd serve disk.raw\n  conbd serve disk.raw --read-only --socket /run/disk.sock\n  \

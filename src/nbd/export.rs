@@ -1,7 +1,7 @@
 //! Exports: what clients can ask for by name, and the table of them.
 //!
-//! An [`Export`] is immutable once made; a reload makes a new [`ExportTable`] that shares the unchanged exports and
-//! swaps it in through [`Exports`]. A session keeps the `Arc` of the export it chose, so it never sees a change
+//! An [`Export`] is immutable once made; a reload makes a new [`ExportTable`] that shares the unchanged exports, has others
+//! made again over the same backend ([`Export::remade`]), and swaps it in through [`Exports`]. A session keeps the `Arc` of the export it chose, so it never sees a change
 //! in mid-flight. The size is asked of the backend at each request: it may grow under a client.
 //!
 //! Any thread; nothing here yields.
@@ -110,7 +110,8 @@ pub struct Export {
     allow: Option<AllowList>,
     contexts: Vec<ContextKind>,
     max_connections: Option<usize>,
-    connections: AtomicUsize,
+    /// Shared with those that were made of it again.
+    connections: Arc<AtomicUsize>,
 }
 
 /// The right to use an export, as one of the connections that it may have; given back on drop.
@@ -131,6 +132,23 @@ impl Export {
     /// # Errors
     /// Strings and block sizes that the protocol does not allow; bitmaps that the image does not have.
     pub fn new(options: ExportOptions, backend: Arc<BlockBackend>) -> Result<Arc<Export>, ExportError> {
+        Export::make(options, backend, Arc::default())
+    }
+
+    /// Makes an export of the same backend with other options, for clients that connect later. Those that are connected keep
+    /// theirs, and count as connections of both.
+    ///
+    /// # Errors
+    /// As [`Export::new`].
+    pub fn remade(&self, options: ExportOptions) -> Result<Arc<Export>, ExportError> {
+        Export::make(options, Arc::clone(&self.backend), Arc::clone(&self.connections))
+    }
+
+    fn make(
+        options: ExportOptions,
+        backend: Arc<BlockBackend>,
+        connections: Arc<AtomicUsize>,
+    ) -> Result<Arc<Export>, ExportError> {
         let string_ok = |s: &str| s.len() <= NBD_MAX_STRING && !s.contains('\0');
         if !string_ok(&options.name) {
             return Err(ExportError::BadString { what: "name" });
@@ -203,7 +221,7 @@ impl Export {
             allow: options.allow,
             contexts,
             max_connections: options.max_connections,
-            connections: AtomicUsize::new(0),
+            connections,
         }))
     }
 

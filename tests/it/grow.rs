@@ -221,7 +221,7 @@ fn a_reload_that_cannot_be_done_changes_nothing_and_says_why() {
     configure(dir.path(), "disk.raw", "format = 'raw'\ncache = 'none'");
     reload(&serving, 1);
     assert!(serving.log().contains("the image has become smaller"), "{}", serving.log());
-    assert!(serving.log().contains("other keys than grow_to"), "{}", serving.log());
+    assert!(serving.log().contains("keys that say how the image is opened"), "{}", serving.log());
     assert_eq!(size(serving.uri()), 4 * MIB);
     io(serving.uri(), &["read -P 0 0 4M", "write -P 3 3M 1M", "read -P 3 3M 1M"]);
     configure(dir.path(), "disk.raw", "format = 'raw'\ngrow_to = '5M'");

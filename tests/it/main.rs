@@ -46,5 +46,6 @@ mod pki;
 mod qcow2_node;
 mod qcow2_races;
 mod qcow2_tools;
+mod reload;
 mod support;
 mod tidy;
