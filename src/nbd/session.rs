@@ -26,7 +26,7 @@
 
 use super::access::{ClientIdentity, TlsPeer};
 use super::channel::{Channel, HandshakeError};
-use super::conn::Conn;
+use super::conn::{self, Conn};
 use super::export::Export;
 use super::handshake::{self, CloseReason, Handshake, Negotiated, Step};
 use super::reader::Reader;
@@ -153,10 +153,11 @@ fn co_session(shared: &Arc<Shared>, accepted: Accepted, span: Span) {
         tls = tls.as_ref().map_or("no", |tls| tls.version.as_str()),
         "client entered transmission"
     );
+    // Into the queue, not the reader's batch: the answers to requests that came in the same packet go behind them.
+    conn::lock(&conn.outbox).queue.put(&replies);
+    drop(replies);
     let mut reader = Reader::new(conn.clone(), &rest);
     drop(rest);
-    reader.batch.put(&replies);
-    drop(replies);
     let end = reader.co_run();
     reader.co_finish(&end);
     counters.disconnects.add(1);
