@@ -337,7 +337,8 @@ impl Service<'_> {
             poll: PollConfig {
                 max_ns: u64::try_from(self.threads.poll_max.as_nanos()).unwrap_or(u64::MAX),
                 grow: 0,
-                shrink: 0,
+                // One long wait among short ones is not the end of them.
+                shrink: 2,
             },
             ..AioConfig::default()
         };

@@ -19,11 +19,10 @@ use super::engine::{self, Completion, Engine, EngineChoice, EngineKind, Op};
 use super::handler::{HandlerFn, HandlerTable};
 use super::home::HomeCell;
 use super::notifier::Notifier;
-use super::polling::{Gate, PollWindow};
+use super::polling::{Gate, PollWindow, Spin};
 use super::timer::{self, TimerInner, TimerList};
 use super::{BottomHalf, Clock, HandlerId, Interest, PollConfig, Readiness, Runnable, Timer};
 use crate::util::counters::Counter;
-use crate::util::sys::RunQueue;
 use mio::unix::SourceFd;
 use mio::{Events, Poll, Token, Waker};
 use std::cell::RefCell;
@@ -134,8 +133,6 @@ struct Home {
     local_now: VecDeque<Local>,
     window: PollWindow,
     gate: Gate,
-    /// None: not there, or not asked for because polling is off.
-    run_queue: Option<RunQueue>,
 }
 
 impl Home {
@@ -258,7 +255,6 @@ impl AioContext {
                 local_now: VecDeque::new(),
                 window: PollWindow::new(config.poll),
                 gate: Gate::new(),
-                run_queue: if config.poll.max_ns > 0 { RunQueue::of_this_thread() } else { None },
             }),
         });
         CURRENT.with(|c| *c.borrow_mut() = Arc::downgrade(&ctx));
@@ -348,21 +344,27 @@ impl AioContext {
         // Real time even under a mock clock: this is about the machine.
         let start = h.window.enabled().then(|| Clock::Monotonic.now_ns());
         let waited = || start.map(|s| Clock::Monotonic.now_ns() - s);
-        let run_queue = &h.run_queue;
-        let may_spin = |now| h.gate.is_open(now, || run_queue.as_ref().and_then(RunQueue::wait));
-        if h.window.ns() > 0 && start.is_some_and(may_spin) {
+        if let Some(start) = start
+            && h.window.ns() > 0
+            && h.gate.is_open(start)
+        {
             let limit = h.window.ns().min(timeout.map_or(u64::MAX, |t| t.as_nanos() as u64));
+            let mut spin = Spin::new(start);
             loop {
-                let hit = (0..SPINS_PER_SYSCALL).any(|_| {
+                let flagged = (0..SPINS_PER_SYSCALL).any(|_| {
                     std::hint::spin_loop();
                     notifier.is_notified() || !self.list.is_empty()
                 });
-                if hit || h.reap() || h.poll_fds(Some(Duration::ZERO)) || h.reap() {
+                let hit = flagged || h.reap() || h.poll_fds(Some(Duration::ZERO)) || h.reap();
+                spin.at(Clock::Monotonic.now_ns());
+                if hit {
                     counters.poll_hits.add(1);
-                    return waited();
+                    h.gate.spun(&spin, true);
+                    return Some(spin.ns());
                 }
-                if waited().is_none_or(|ns| ns >= limit) {
+                if spin.ns() >= limit {
                     counters.poll_misses.add(1);
+                    h.gate.spun(&spin, false);
                     break;
                 }
             }
@@ -529,6 +531,20 @@ impl AioContext {
         })
     }
 
+    /// Changes what a handler wants to hear about. What is ready then is reported again. Home thread only; never yields.
+    ///
+    /// # Errors
+    /// What epoll reports; `NotFound` for an unknown id.
+    ///
+    /// # Panics
+    /// Off the home thread.
+    pub fn change_handler(&self, id: HandlerId, interest: Interest) -> io::Result<()> {
+        self.home.with(|h| {
+            let fd = h.handlers.fd(id).ok_or(io::ErrorKind::NotFound)?;
+            h.poll.registry().reregister(&mut SourceFd(&fd), id.token(), interest.to_mio())
+        })
+    }
+
     /// Removes a handler, also from inside its own callback; it is not called again, even if its fd was found
     /// ready already. Home thread only; unknown ids are ignored; never yields.
     ///
@@ -636,12 +652,7 @@ impl AioContext {
     /// # Panics
     /// Off the home thread.
     pub fn set_poll(&self, poll: PollConfig) {
-        self.home.with(|h| {
-            h.window.set(poll);
-            if poll.max_ns > 0 && h.run_queue.is_none() {
-                h.run_queue = RunQueue::of_this_thread();
-            }
-        });
+        self.home.with(|h| h.window.set(poll));
     }
 
     /// Ends the context: waits for file operations, runs what is scheduled (at most a bounded number of turns),

@@ -111,6 +111,11 @@ impl HandlerTable {
         self.slots.get_mut(index).filter(|s| s.generation == generation && s.fd.is_some())
     }
 
+    /// The descriptor of a handler.
+    pub(super) fn fd(&mut self, id: HandlerId) -> Option<RawFd> {
+        self.slot(id)?.fd
+    }
+
     /// Removes a handler; returns its fd, to deregister, and the callback, to drop outside.
     pub(super) fn remove(&mut self, id: HandlerId) -> Option<(RawFd, Option<HandlerFn>)> {
         let slot = self.slot(id)?;

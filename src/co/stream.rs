@@ -6,6 +6,9 @@
 //! drained the socket (epoll(7), "stream-oriented files"), which saves the call that would only say
 //! `WouldBlock`; not so once the peer has closed, because the end of file gives no second edge.
 //!
+//! The handler wants to hear about space only while somebody waits for it, and a little longer: a unix socket tells of space whenever
+//! the peer takes something, and each time would wake the loop for nothing.
+//!
 //! One coroutine may wait to read while another waits to write; two waiters of one kind are misuse (panic).
 //!
 //! Threads: reads, writes, deadlines and moving belong to the context that the stream is attached to; `interrupt`, `kick_reader`,
@@ -31,6 +34,10 @@ const IOV_MAX: usize = 1024;
 
 /// "No deadline", and "the timer is not armed".
 const NEVER: u64 = u64::MAX;
+
+/// Waits for reading, none for writing between them, after which nobody listens for space any more (ours: a change is a system
+/// call, and so is each wake-up for nothing).
+const QUIET_WRITES: u32 = 16;
 
 /// One direction of a stream.
 struct Side {
@@ -116,6 +123,8 @@ struct Attachment {
     ctx: Arc<AioContext>,
     /// None while moving, and after a failed move.
     handler: Option<HandlerId>,
+    /// While the handler hears about space: waits for reading since the last one for writing.
+    hears_space: Option<u32>,
 }
 
 /// A connected stream socket (TCP or unix), attached to one context at a time. Shared by `Arc`.
@@ -155,7 +164,7 @@ impl CoStream {
             interrupted: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
             home_id: AtomicUsize::new(0),
-            at: Mutex::new(Attachment { ctx: Arc::clone(&ctx), handler: None }),
+            at: Mutex::new(Attachment { ctx: Arc::clone(&ctx), handler: None, hears_space: None }),
         });
         stream.attach(ctx)?;
         Ok(stream)
@@ -275,9 +284,13 @@ impl CoStream {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let bufs = &bufs[..bufs.len().min(IOV_MAX)];
-        let sent = rustix::io::retry_on_intr(|| {
-            let mut control = SendAncillaryBuffer::default();
-            rustix::net::sendmsg(self.fd(), bufs, &mut control, SendFlags::NOSIGNAL)
+        let sent = rustix::io::retry_on_intr(|| match bufs {
+            // The kernel has less to copy in and to check.
+            [only] => rustix::net::send(self.fd(), only, SendFlags::NOSIGNAL),
+            _ => {
+                let mut control = SendAncillaryBuffer::default();
+                rustix::net::sendmsg(self.fd(), bufs, &mut control, SendFlags::NOSIGNAL)
+            }
         });
         match sent {
             Ok(n) => {
@@ -433,6 +446,7 @@ impl CoStream {
                 return Err(io::ErrorKind::NotConnected.into());
             }
             self.check_home(me);
+            self.listen(direction)?;
             let deadline_ns = side.deadline_ns.load(Ordering::Relaxed);
             if deadline_ns != NEVER && !self.arm(direction, deadline_ns) {
                 return Err(io::ErrorKind::TimedOut.into());
@@ -450,6 +464,30 @@ impl CoStream {
             // Still there after a stray wake.
             drop(side.waiter.take());
         }
+    }
+
+    /// Sees to it that the handler hears about what is waited for, and about space not for much longer than that.
+    fn listen(&self, direction: Direction) -> io::Result<()> {
+        let at = &mut *self.at();
+        let Some(handler) = at.handler else { return Ok(()) };
+        match (direction, at.hears_space) {
+            (Direction::Read, None) => {}
+            (Direction::Write, Some(_)) => at.hears_space = Some(0),
+            (Direction::Write, None) => {
+                // Space that is there already is reported, too.
+                at.ctx.change_handler(handler, Interest::ReadWrite)?;
+                at.hears_space = Some(0);
+            }
+            (Direction::Read, Some(n)) if n < QUIET_WRITES => at.hears_space = Some(n + 1),
+            (Direction::Read, Some(_)) => {
+                // Not while somebody waits for it: then it is needed.
+                if !self.write.waiter.is_taken() {
+                    at.ctx.change_handler(handler, Interest::Read)?;
+                    at.hears_space = None;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn interruption_pending(&self, direction: Direction) -> bool {
@@ -515,9 +553,9 @@ impl CoStream {
                 stream.on_ready(r);
             }
         };
-        let handler = ctx.add_handler(self.raw_fd(), Interest::ReadWrite, on_ready)?;
+        let handler = ctx.add_handler(self.raw_fd(), Interest::Read, on_ready)?;
         self.home_id.store(Arc::as_ptr(&ctx) as usize, Ordering::Relaxed);
-        *self.at() = Attachment { ctx, handler: Some(handler) };
+        *self.at() = Attachment { ctx, handler: Some(handler), hears_space: None };
         Ok(())
     }
 

@@ -316,35 +316,6 @@ pub fn thread_sleeps() -> u64 {
     u64::try_from(usage.ru_nvcsw).unwrap_or(0)
 }
 
-/// What a thread has waited for a CPU since it began, ready to run.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RunQueueWait {
-    /// Nanoseconds in all.
-    pub ns: u64,
-}
-
-/// Reads how long one thread has waited for a CPU (`/proc/thread-self/schedstat`).
-#[derive(Debug)]
-pub struct RunQueue(std::fs::File);
-
-impl RunQueue {
-    /// Opens the calling thread's. `None` where the kernel does not count it or /proc is not mounted.
-    #[must_use]
-    pub fn of_this_thread() -> Option<RunQueue> {
-        let queue = RunQueue(std::fs::File::open("/proc/thread-self/schedstat").ok()?);
-        queue.wait().map(|_| queue)
-    }
-
-    /// Reads it. Any thread; about 2 us.
-    #[must_use]
-    pub fn wait(&self) -> Option<RunQueueWait> {
-        let mut text = [0u8; 96];
-        let n = rustix::io::pread(&self.0, &mut text, 0).ok()?;
-        let ns = std::str::from_utf8(&text[..n]).ok()?.split_whitespace().nth(1)?.parse().ok()?;
-        Some(RunQueueWait { ns })
-    }
-}
-
 // -------------------------------------------------------------------------------------- process and peers
 
 /// Raises the soft limit of open files to the hard limit; returns the limit now in force.
@@ -500,16 +471,6 @@ mod tests {
         assert!(matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)));
         ofd_unlock(&b, 100, 1).expect("unlock");
         ofd_lock(&a, OfdLock::Write, 100, 1).expect("alone now");
-    }
-
-    #[test]
-    fn the_run_queue_of_this_thread_only_grows() {
-        // Not every kernel counts it.
-        let Some(queue) = RunQueue::of_this_thread() else { return };
-        let before = queue.wait().expect("worked before");
-        std::thread::yield_now();
-        let after = queue.wait().expect("worked before");
-        assert!(after.ns >= before.ns);
     }
 
     #[test]
