@@ -187,6 +187,8 @@ def load_command(uri, row, seconds):
             "--time", f"{int(seconds * 1000)}ms", "--seed", str(os.getpid() + Server.count)]
     if row.get("threads"):
         argv += ["--threads", str(row["threads"])]
+    if row.get("headers"):
+        argv += ["--headers", row["headers"]]
     if row["rw"] != "read":
         argv += ["--destroy-data", "--region", str(row.get("region", REGION))]
     elif row.get("region"):
@@ -259,6 +261,11 @@ RAW = [
     small("mix-q16", "4k 70/30 mix, depth 16", 16, "70", 1.2, 0.7),
     small("sr-q16", "4k sequential read, depth 16", 16, "read", 1.8, 0.5, pattern="sequential"),
     small("sw-q16", "4k sequential write, depth 16", 16, "write", 1.3, 0.5, pattern="sequential"),
+    # Clients of today ask for more than simple replies; a server that has less gives what it has.
+    small("ext-rr-q16", "4k random read, depth 16, headers as QEMU asks", 16, "read", None, None, headers="extended"),
+    small("ext-sr-q16", "4k sequential read, depth 16, headers as QEMU asks", 16, "read", None, None, pattern="sequential", headers="extended"),
+    small("ext-sw-q16", "4k sequential write, depth 16, headers as QEMU asks", 16, "write", None, None, pattern="sequential", headers="extended"),
+    small("str-sr-q16", "4k sequential read, depth 16, headers as libnbd 1.14 asks", 16, "read", None, None, pattern="sequential", headers="structured"),
     large("r128k", "128k read, depth 4", 128 << 10, "read", 1.1, 0.4),
     large("r1m", "1M read, depth 4", MIB, "read", 1.1, 0.4, quick=1),
     large("w128k", "128k write, depth 4", 128 << 10, "write", 1.05, None),

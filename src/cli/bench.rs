@@ -17,7 +17,7 @@ use crate::aio::{AioConfig, AioContext, IoThread};
 use crate::co::{Coroutine, co_sleep_ns};
 use crate::config::{Size, Span};
 use crate::nbd::client::{Bare, Client, ClientError, ExportInfo, Uri};
-use crate::nbd::proto::{CmdFlags, TransmissionFlags};
+use crate::nbd::proto::{CmdFlags, HeaderStyle, TransmissionFlags};
 use crate::util::buf::IoBuf;
 use clap::Args;
 use hdrhistogram::Histogram;
@@ -82,6 +82,11 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum, default_value = "random")]
     pattern: Pattern,
 
+    /// Most that is negotiated: simple replies, structured ones as libnbd does, extended headers as QEMU does. A server that
+    /// has less is asked for less; with --verify it is always the best there is
+    #[arg(long, value_enum, default_value = "simple")]
+    headers: Headers,
+
     /// Check the data, too
     #[arg(long)]
     verify: bool,
@@ -140,6 +145,32 @@ enum Pattern {
     Sequential,
 }
 
+/// [`HeaderStyle`] as an option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Headers {
+    Simple,
+    Structured,
+    Extended,
+}
+
+impl From<Headers> for HeaderStyle {
+    fn from(headers: Headers) -> HeaderStyle {
+        match headers {
+            Headers::Simple => HeaderStyle::Simple,
+            Headers::Structured => HeaderStyle::Structured,
+            Headers::Extended => HeaderStyle::Extended,
+        }
+    }
+}
+
+fn style_name(style: HeaderStyle) -> &'static str {
+    match style {
+        HeaderStyle::Simple => "simple",
+        HeaderStyle::Structured => "structured",
+        HeaderStyle::Extended => "extended",
+    }
+}
+
 /// What is being done; shared by all workers.
 pub(super) struct Job {
     pub(super) bs: usize,
@@ -171,6 +202,14 @@ impl Link {
         match self {
             Link::Full(client) => client.info(),
             Link::Bare(bare) => &bare.info,
+        }
+    }
+
+    /// How headers look.
+    fn style(&self) -> HeaderStyle {
+        match self {
+            Link::Full(client) => client.header_style(),
+            Link::Bare(bare) => bare.style,
         }
     }
 
@@ -638,12 +677,12 @@ fn connect_all(
     for i in 0..args.connections {
         let context = Arc::clone(&contexts[i % contexts.len()]);
         let (tell, uri, home) = (tell.clone(), uri.clone(), Arc::clone(&context));
-        let verify = args.verify;
+        let (verify, headers) = (args.verify, args.headers.into());
         Coroutine::new(move || {
             let outcome = if verify {
                 Client::co_connect(&uri).map(Link::Full)
             } else {
-                Bare::co_connect(&uri).map(|bare| Link::Bare(Arc::new(bare)))
+                Bare::co_connect(&uri, headers).map(|bare| Link::Bare(Arc::new(bare)))
             };
             // The receiver lives until all have reported.
             let _ = tell.send((i, outcome, home));
@@ -752,7 +791,7 @@ fn measure(
             return Err(failure);
         }
     };
-    let info = clients[0].0.info().clone();
+    let (info, style) = (clients[0].0.info().clone(), clients[0].0.style());
     // Without multi-conn, what one connection writes another may not see: each gets its own part then.
     let coherent = info.flags.contains(TransmissionFlags::NBD_FLAG_CAN_MULTI_CONN);
     let apart = args.pattern == Pattern::Sequential || (!job.table.is_empty() && !coherent);
@@ -826,7 +865,7 @@ fn measure(
     } else {
         EXIT_OK
     };
-    let report = Report { args, uri, size: info.size, elapsed, total: &total, stalled: !finished };
+    let report = Report { args, uri, size: info.size, style, elapsed, total: &total, stalled: !finished };
     let text = if args.json { format!("{:#}\n", report.as_json()) } else { report.as_text() };
     Ok((code, text))
 }
@@ -956,6 +995,8 @@ struct Report<'a> {
     args: &'a BenchArgs,
     uri: &'a Uri,
     size: u64,
+    /// What was negotiated.
+    style: HeaderStyle,
     elapsed: Duration,
     total: &'a Stats,
     stalled: bool,
@@ -1002,6 +1043,7 @@ impl Report<'_> {
             "connections": args.connections,
             "read_percent": args.rw.0,
             "pattern": match args.pattern { Pattern::Random => "random", Pattern::Sequential => "sequential" },
+            "headers": style_name(self.style),
             "seed": args.seed,
             "seconds": self.seconds(),
             "read": self.kind_json(&self.total.read),
@@ -1023,7 +1065,7 @@ impl Report<'_> {
         // Writing to a String cannot fail.
         let _ = writeln!(
             out,
-            "{}: {} blocks of {} bytes, depth {}, {} connections, {:.2} s",
+            "{}: {} blocks of {} bytes, depth {}, {} connections, {} headers, {:.2} s",
             self.uri,
             match args.pattern {
                 Pattern::Random => "random",
@@ -1032,6 +1074,7 @@ impl Report<'_> {
             args.bs.0,
             args.depth,
             args.connections,
+            style_name(self.style),
             self.seconds()
         );
         for (name, h) in [("read", &self.total.read), ("write", &self.total.write)] {

@@ -1113,24 +1113,37 @@ pub struct Client {
     address: Address,
 }
 
-/// A connection in the transmission phase whose owner writes the requests and reads the (simple) replies itself.
+/// A connection in the transmission phase whose owner writes the requests and reads the replies itself.
 pub struct Bare {
     /// The connection.
     pub(crate) stream: Channel,
+    /// How headers look.
+    pub style: HeaderStyle,
     /// What the server said about the export.
     pub info: ExportInfo,
 }
 
 impl Bare {
-    /// Connects to the URI's export, without structured replies. Yields. Coroutine only.
+    /// Connects to the URI's export, with headers of that style, or the best below it that the server has. Yields. Coroutine
+    /// only.
     ///
     /// # Errors
     /// As [`Client::co_connect`].
-    pub fn co_connect(uri: &Uri) -> Result<Bare> {
-        let (negotiation, info) = Negotiation::co_open_uri(uri)?.co_choose(&uri.export)?;
+    pub fn co_connect(uri: &Uri, most: HeaderStyle) -> Result<Bare> {
+        let mut negotiation = Negotiation::co_open_uri(uri)?;
+        match most {
+            HeaderStyle::Simple => {}
+            HeaderStyle::Structured => {
+                negotiation.co_structured_reply()?;
+            }
+            HeaderStyle::Extended => {
+                negotiation.co_best_style()?;
+            }
+        }
+        let (negotiation, info) = negotiation.co_choose(&uri.export)?;
         negotiation.stream.set_read_deadline(None);
         negotiation.stream.set_write_deadline(None);
-        Ok(Bare { stream: negotiation.stream, info })
+        Ok(Bare { stream: negotiation.stream, style: negotiation.style, info })
     }
 
     /// Says goodbye, if nothing is in the way, and hangs up. Yields.
@@ -1138,7 +1151,10 @@ impl Bare {
         let header =
             RequestHeader { flags: CmdFlags::empty(), cmd: NBD_CMD_DISC, cookie: 0, offset: 0, len: 0 };
         // The server may be gone, or not reading: then there is nobody to say it to.
-        let _ = self.stream.try_writev(&[IoSlice::new(&header.encode())]);
+        let _ = match self.style {
+            HeaderStyle::Extended => self.stream.try_writev(&[IoSlice::new(&header.encode_extended())]),
+            _ => self.stream.try_writev(&[IoSlice::new(&header.encode())]),
+        };
         self.stream.co_close();
     }
 }

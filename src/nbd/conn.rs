@@ -252,6 +252,21 @@ impl Conn {
         }
     }
 
+    /// Sends a batch ahead of the queue, which is empty, if nobody else sends. False: it is to be queued. Yields.
+    pub(super) fn co_send_now(&self, batch: &mut Batch) -> bool {
+        {
+            let mut outbox = lock(&self.outbox);
+            if outbox.dead || outbox.sending || !outbox.queue.is_empty() {
+                return false;
+            }
+            outbox.sending = true;
+        }
+        let ok = self.co_send(batch, 0);
+        batch.clear();
+        self.sent(ok);
+        true
+    }
+
     /// Takes the queue to send it, if nobody else does and there is something.
     fn take_queue(&self) -> Option<Batch> {
         let mut outbox = lock(&self.outbox);

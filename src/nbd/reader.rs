@@ -119,7 +119,7 @@ pub(super) struct Reader {
     extended: bool,
     rx: Received,
     /// Replies made by the reader itself.
-    pub(super) batch: Batch,
+    batch: Batch,
     pub(super) totals: Totals,
     /// Of this turn.
     turn_bytes: u64,
@@ -133,6 +133,19 @@ impl Drop for Reader {
             self.conn.fail();
         }
     }
+}
+
+/// One request of a run of neighbours.
+#[derive(Debug, Clone)]
+struct Part {
+    cookie: u64,
+    len: u32,
+    /// Where in what was received; empty for reads.
+    payload: Range<usize>,
+}
+
+impl Part {
+    const NONE: Part = Part { cookie: 0, len: 0, payload: 0..0 };
 }
 
 /// Bytes that follow a request's header.
@@ -243,7 +256,9 @@ impl Reader {
 
     /// Sends what is ready. Waits while the client takes nothing, unless little is waiting. Yields.
     fn co_flush(&mut self) {
-        self.push_batch();
+        if !self.batch.is_empty() && !self.conn.co_send_now(&mut self.batch) {
+            self.push_batch();
+        }
         self.conn.co_drain();
         loop {
             let mut outbox = lock(&self.conn.outbox);
@@ -495,7 +510,7 @@ impl Reader {
             self.co_answered(len.into());
             return Ok(());
         }
-        if (RUN_PART_MIN..=INPLACE_READ).contains(&len) && self.try_read_run(&h, offset, len, df) {
+        if (RUN_PART_MIN..=INPLACE_READ).contains(&len) && self.try_read_run(&h, offset, df) {
             return Ok(());
         }
         if len > 0 && len <= INPLACE_READ && self.try_read_in_place(to, offset, len, df) {
@@ -520,35 +535,32 @@ impl Reader {
 
     /// Finds the requests behind `h`, in what was received, that continue it: the same command with the same flags at the
     /// next offset. `behind` is where the first of their headers is, from the start of what was received. Returns how many
-    /// there are, `h` included, and sets the range of each one's payload.
-    fn find_run(
-        &self,
-        h: &RequestHeader,
-        behind: usize,
-        parts: &mut [(u64, Range<usize>); RUN_MAX],
-    ) -> usize {
+    /// there are, `h` included, and sets what each one is.
+    fn find_run(&self, h: &RequestHeader, behind: usize, parts: &mut [Part; RUN_MAX]) -> usize {
         let received = self.rx.bytes();
         let size = self.conn.export.size();
-        parts[0] = (h.cookie, behind - payload(h)..behind);
+        parts[0] = Part { cookie: h.cookie, len: h.len as u32, payload: behind - payload(h)..behind };
         let mut n = 1;
         let mut at = behind;
         let mut bytes = h.len as usize;
         let mut next = h.offset + h.len;
         while n < RUN_MAX {
-            let Ok(Some(other)) = request::next_header(&received[at..], false) else { break };
+            let Ok(Some(other)) = request::next_header(&received[at..], self.extended) else { break };
             let same = (other.cmd, other.flags, other.offset) == (h.cmd, h.flags, next);
-            at += RequestHeader::LEN;
-            bytes += other.len as usize;
-            if !same
-                || other.len < u64::from(RUN_PART_MIN)
-                || bytes > RUN_BYTES
-                || other.len > size - next
-                || received.len() - at < payload(&other)
-            {
+            // Its length is anything: compare before counting.
+            let fits =
+                (u64::from(RUN_PART_MIN)..=RUN_BYTES.saturating_sub(bytes) as u64).contains(&other.len);
+            if !same || !fits || other.len > size - next {
+                break;
+            }
+            at += request::header_len(self.extended);
+            if received.len() - at < payload(&other) {
                 break;
             }
             next += other.len;
-            parts[n] = (other.cookie, at..at + payload(&other));
+            bytes += other.len as usize;
+            parts[n] =
+                Part { cookie: other.cookie, len: other.len as u32, payload: at..at + payload(&other) };
             at += payload(&other);
             n += 1;
         }
@@ -565,33 +577,26 @@ impl Reader {
     }
 
     /// Answers a read together with those that continue it, by one system call, if there are any and all data is at hand.
-    fn try_read_run(&mut self, h: &RequestHeader, offset: u64, len: u32, df: bool) -> bool {
-        if self.extended || !fast::paths().coalesce || !self.continues(h, 0) {
+    fn try_read_run(&mut self, h: &RequestHeader, offset: u64, df: bool) -> bool {
+        if !fast::paths().coalesce || !self.continues(h, 0) {
             return false;
         }
-        const NONE: (u64, Range<usize>) = (0, 0..0);
-        let mut parts = [NONE; RUN_MAX];
-        let mut lens = [0u32; RUN_MAX];
+        let mut parts = [Part::NONE; RUN_MAX];
         let n = self.find_run(h, 0, &mut parts);
         if n < 2 {
             return false;
         }
-        lens[0] = len;
-        for (i, len) in lens[..n].iter_mut().enumerate().skip(1) {
-            let at = (i - 1) * RequestHeader::LEN;
-            let header = request::next_header(&self.rx.bytes()[at..], false);
-            *len = header.ok().flatten().expect("it was decoded before").len as u32;
-        }
-        let lens = &lens[..n];
+        let parts = &parts[..n];
+        let to = |part: &Part, at| ReplyTo { cookie: part.cookie, extended: self.extended.then_some(at) };
         let structured = self.conn.style >= HeaderStyle::Structured;
-        let header = if structured { ReplyTo::compact(0).offset_data_len() } else { SimpleReply::LEN };
-        let total: usize = lens.iter().map(|l| header + *l as usize).sum();
+        let header = if structured { to(&parts[0], 0).offset_data_len() } else { SimpleReply::LEN };
+        let total: usize = parts.iter().map(|part| header + part.len as usize).sum();
         let room = self.batch.room(total);
         let mut slices = [const { None }; RUN_MAX];
         let mut rest = &mut room[..];
-        for (slice, len) in slices.iter_mut().zip(lens) {
-            let (part, behind) = rest.split_at_mut(header + *len as usize);
-            *slice = Some(IoSliceMut::new(&mut part[header..]));
+        for (slice, part) in slices.iter_mut().zip(parts) {
+            let (reply, behind) = rest.split_at_mut(header + part.len as usize);
+            *slice = Some(IoSliceMut::new(&mut reply[header..]));
             rest = behind;
         }
         let mut slices = slices.map(|s| s.unwrap_or_else(|| IoSliceMut::new(&mut [])));
@@ -599,49 +604,50 @@ impl Reader {
             return false;
         }
         let sparse = structured && !df;
+        let mut contents = [Content::Data; RUN_MAX];
         let mut at = offset;
-        let is_mixed = sparse
-            && slices[..n].iter().any(|s| {
-                let mixed = content(s, at) == Content::Mixed;
-                at += s.len() as u64;
-                mixed
-            });
-        if is_mixed {
+        if sparse {
+            for (content_of, slice) in contents.iter_mut().zip(&slices[..n]) {
+                *content_of = content(slice, at);
+                at += slice.len() as u64;
+            }
+        }
+        if contents.contains(&Content::Mixed) {
             // It takes several chunks: rare, and not worth a way of its own.
             return false;
         }
         let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
         let (mut fill, mut at) = (0, offset);
-        for ((cookie, _), len) in parts.iter().zip(lens) {
-            let size = header + *len as usize;
+        for (part, content) in parts.iter().zip(contents) {
+            let size = header + part.len as usize;
             let room = &mut self.batch.room(total)[fill..fill + size];
             let mut send = size;
             if !structured {
-                room[..header].copy_from_slice(&SimpleReply { error: None, cookie: *cookie }.encode());
-            } else if sparse && content(&room[header..], at) == Content::Hole {
-                let hole = ReplyTo::compact(*cookie).offset_hole(done, at, *len);
+                room[..header].copy_from_slice(&SimpleReply { error: None, cookie: part.cookie }.encode());
+            } else if content == Content::Hole {
+                let hole = to(part, at).offset_hole(done, at, part.len);
                 room[..hole.len()].copy_from_slice(&hole);
                 send = hole.len();
             } else {
-                room[..header].copy_from_slice(&ReplyTo::compact(*cookie).offset_data(done, at, *len));
+                room[..header].copy_from_slice(&to(part, at).offset_data(done, at, part.len));
             }
             self.batch.commit_part(fill..fill + send);
             fill += size;
-            at += u64::from(*len);
+            at += u64::from(part.len);
         }
         self.batch.close_room(total);
-        self.take_run(h, n, (n - 1) * RequestHeader::LEN);
-        self.totals.bytes_read += at - offset - u64::from(len);
+        self.take_run(h, n, (n - 1) * request::header_len(self.extended));
+        self.totals.bytes_read += at - offset - u64::from(parts[0].len);
         self.conn.counters.bytes_read.add(at - offset);
-        for len in lens {
-            self.co_answered(u64::from(*len));
+        for part in parts {
+            self.co_answered(part.len.into());
         }
         true
     }
 
     /// Whether the request whose header is at `behind` continues `h`: a quick look before a closer one.
     fn continues(&self, h: &RequestHeader, behind: usize) -> bool {
-        matches!(request::next_header(&self.rx.bytes()[behind..], false), Ok(Some(other))
+        matches!(request::next_header(&self.rx.bytes()[behind..], self.extended), Ok(Some(other))
             if (other.cmd, other.offset) == (h.cmd, h.offset + h.len))
     }
 
@@ -649,30 +655,32 @@ impl Reader {
     /// any. If that fails, each one is to be done alone, to get its own answer.
     fn try_write_run(&mut self, h: &RequestHeader, offset: u64) -> bool {
         let first = payload(h);
-        if self.extended || !fast::paths().coalesce || !self.continues(h, first) {
+        if !fast::paths().coalesce || !self.continues(h, first) {
             return false;
         }
-        const NONE: (u64, Range<usize>) = (0, 0..0);
-        let mut parts = [NONE; RUN_MAX];
+        let mut parts = [Part::NONE; RUN_MAX];
         let n = self.find_run(h, first, &mut parts);
         if n < 2 {
             return false;
         }
         let parts = &parts[..n];
         let mut slices = [IoSlice::new(&[]); RUN_MAX];
-        for (slice, (_, range)) in slices.iter_mut().zip(parts) {
-            *slice = IoSlice::new(&self.rx.bytes()[range.clone()]);
+        for (slice, part) in slices.iter_mut().zip(parts) {
+            *slice = IoSlice::new(&self.rx.bytes()[part.payload.clone()]);
         }
         let Some(Ok(())) = self.conn.backend().try_pwritev(offset, &slices[..n]) else { return false };
-        let bytes: usize = parts.iter().map(|(_, range)| range.len()).sum();
-        self.take_run(h, n, parts[n - 1].1.end);
-        self.totals.bytes_written += bytes as u64;
-        self.conn.counters.bytes_written.add(bytes as u64);
-        for (cookie, _) in parts {
-            self.conn.put_done(&mut self.batch, ReplyTo::compact(*cookie));
+        let bytes: u64 = parts.iter().map(|part| u64::from(part.len)).sum();
+        self.take_run(h, n, parts[n - 1].payload.end);
+        self.totals.bytes_written += bytes;
+        self.conn.counters.bytes_written.add(bytes);
+        let mut at = offset;
+        for part in parts {
+            let to = ReplyTo { cookie: part.cookie, extended: self.extended.then_some(at) };
+            self.conn.put_done(&mut self.batch, to);
+            at += u64::from(part.len);
         }
-        for (_, range) in parts {
-            self.co_answered(range.len() as u64);
+        for part in parts {
+            self.co_answered(part.len.into());
         }
         true
     }

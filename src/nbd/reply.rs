@@ -201,6 +201,22 @@ impl Batch {
         self.held.push(reservation);
     }
 
+    /// Forgets all, and gives back what it holds. Keeps the memory of its lists, unless that is much.
+    pub fn clear(&mut self) {
+        /// Pieces of a batch of small replies are few (ours).
+        const KEEP: usize = 64;
+        if self.pieces.capacity() > KEEP || self.bufs.capacity() > KEEP {
+            *self = Batch::new();
+            return;
+        }
+        self.bufs.clear();
+        self.files.clear();
+        self.pieces.clear();
+        self.arena = None;
+        self.bytes = 0;
+        self.held.clear();
+    }
+
     /// Appends all of `other`, which is left empty.
     pub fn append(&mut self, other: &mut Batch) {
         if self.is_empty() && self.held.is_empty() {

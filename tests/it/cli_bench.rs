@@ -42,6 +42,31 @@ fn an_honest_server_passes_verification() {
 }
 
 #[test]
+fn every_kind_of_headers_is_driven_and_told() {
+    let (dir, path) = image(1 << 20);
+    let socket = dir.path().join("s");
+    let serving = Serving::start(&[text(&path), "--socket", text(&socket)], 1);
+    for headers in ["simple", "structured", "extended"] {
+        for pattern in ["random", "sequential"] {
+            let args = ["--rw", "70", "--destroy-data", "--headers", headers, "--pattern", pattern];
+            let (ended, report) =
+                bench(serving.uri(), &[&args[..], &["--count", "3000", "--depth", "16"]].concat());
+            assert_eq!(ended.code, Some(0), "{headers}: {ended:?}");
+            assert_eq!(report["headers"], headers);
+            assert_eq!(report["errors"], 0);
+            let done = |kind: &str| report[kind]["requests"].as_u64().unwrap();
+            assert_eq!(done("read") + done("write"), 3000, "{headers}: {report}");
+            assert!(done("read") > 1500 && done("write") > 500, "{report}");
+        }
+    }
+    // A server that has less gives less.
+    let fake = server(Claims { structured: false, ..Claims::new(SIZE as u64) }, |_, _| {});
+    let (ended, report) = bench(&fake.uri(), &["--count", "10", "--headers", "extended"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(report["headers"], "simple");
+}
+
+#[test]
 fn a_mix_verifies_what_it_reads_on_the_way() {
     let fake = server(Claims::new(SIZE as u64), |_, _| {});
     let args = [

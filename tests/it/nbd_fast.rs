@@ -2,11 +2,16 @@
 //! slow way does; what the slow way answers is checked in `nbd_transmission`.
 
 use super::nbd_common::*;
-use conbd::block::{BlockNode, FaultAction, FaultOps, FaultRule, FileNode, FileOptions, MemoryNode};
+use conbd::block::{
+    self, BlockNode, Extent, FaultAction, FaultOps, FaultRule, FileNode, FileOptions, Limits, MemoryNode,
+    WriteFlags,
+};
 use conbd::nbd::proto::*;
 use conbd::nbd::wire::*;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const SIZE: u64 = 1 << 20;
 const DF: u16 = 4;
@@ -25,16 +30,48 @@ fn file_node(bytes: &[u8]) -> (tempfile::TempDir, Arc<dyn BlockNode>) {
     (dir, Arc::new(node))
 }
 
-fn read_header(cookie: u64, flags: u16, offset: u64, len: u32) -> Vec<u8> {
-    let flags = CmdFlags::from_bits_retain(flags);
-    RequestHeader { flags, cmd: NBD_CMD_READ, cookie, offset, len: len.into() }.encode().to_vec()
+const STYLES: [HeaderStyle; 3] = [HeaderStyle::Simple, HeaderStyle::Structured, HeaderStyle::Extended];
+
+fn connect(t: &TestServer, name: &str, style: HeaderStyle) -> Raw {
+    match style {
+        HeaderStyle::Extended => t.go_extended(name, &[]),
+        _ => t.go(name, style == HeaderStyle::Structured),
+    }
 }
 
-fn write_request(cookie: u64, offset: u64, data: &[u8]) -> Vec<u8> {
-    let flags = CmdFlags::empty();
-    let len = data.len() as u32;
-    let header = RequestHeader { flags, cmd: NBD_CMD_WRITE, cookie, offset, len: len.into() };
-    [&header.encode()[..], data].concat()
+/// The bytes of a request's header, in the style of the connection.
+fn header(c: &mut Raw, cmd: u16, cookie: u64, flags: u16, offset: u64, len: u64) -> Vec<u8> {
+    let header = RequestHeader { flags: CmdFlags::from_bits_retain(flags), cmd, cookie, offset, len };
+    if c.extended {
+        c.expect_offset(cookie, offset);
+        header.encode_extended().to_vec()
+    } else {
+        header.encode().to_vec()
+    }
+}
+
+fn read_header(c: &mut Raw, cookie: u64, flags: u16, offset: u64, len: u32) -> Vec<u8> {
+    header(c, NBD_CMD_READ, cookie, flags, offset, len.into())
+}
+
+fn write_request(c: &mut Raw, cookie: u64, offset: u64, data: &[u8]) -> Vec<u8> {
+    let flags = if c.extended { CmdFlags::NBD_CMD_FLAG_PAYLOAD_LEN.bits() } else { 0 };
+    let mut bytes = header(c, NBD_CMD_WRITE, cookie, flags, offset, data.len() as u64);
+    bytes.extend(data);
+    bytes
+}
+
+/// The cookie and the error of the next reply, which has no content.
+fn take_result(c: &mut Raw) -> (u64, u32) {
+    let reply = c.recv_reply();
+    let cookie = match &reply {
+        Reply::Simple { cookie, .. } => *cookie,
+        Reply::Chunk { done, cookie, .. } => {
+            assert!(done, "one chunk");
+            *cookie
+        }
+    };
+    (cookie, Raw::error_of(&[reply]))
 }
 
 /// One read's reply, whatever its order among others.
@@ -67,7 +104,7 @@ fn take_read(c: &mut Raw, structured: bool, parts: &[(u64, u64, u32)]) -> (u64, 
 fn check_reads(c: &mut Raw, structured: bool, flags: u16, disk: &[u8], reads: &[(u64, u32)]) {
     let parts: Vec<(u64, u64, u32)> =
         reads.iter().enumerate().map(|(i, (offset, len))| (1000 + i as u64, *offset, *len)).collect();
-    let bytes: Vec<u8> = parts.iter().flat_map(|p| read_header(p.0, flags, p.1, p.2)).collect();
+    let bytes: Vec<u8> = parts.iter().flat_map(|p| read_header(c, p.0, flags, p.1, p.2)).collect();
     c.send(&bytes);
     let mut seen = std::collections::BTreeSet::new();
     for _ in &parts {
@@ -115,8 +152,9 @@ fn reads_that_continue_one_another_are_answered_one_by_one() {
         &[(SIZE - 8192, 4096), (SIZE - 4096, 4096)],
     ];
     for name in ["file", "memory"] {
-        for structured in [false, true] {
-            let mut c = t.go(name, structured);
+        for style in STYLES {
+            let structured = style >= HeaderStyle::Structured;
+            let mut c = connect(&t, name, style);
             for run in runs {
                 check_reads(&mut c, structured, 0, &disk, run);
                 if structured {
@@ -135,30 +173,60 @@ fn a_run_ends_at_a_request_that_is_wrong_and_that_one_gets_its_error() {
     let disk = pattern(0, SIZE as usize);
     let (_dir, node) = file_node(&disk);
     let t = TestServer::unix(vec![export_of("", node)]);
-    let mut c = t.go("", false);
     let last = SIZE - 4096;
-    let reads = [
-        read_header(1, 0, last - 4096, 4096),
-        read_header(2, 0, last, 4096),
-        read_header(3, 0, SIZE, 4096),
-        // Same offset as would continue, another flag, which is not allowed without structured replies.
-        read_header(4, 0, 0, 4096),
-        read_header(5, DF, 4096, 4096),
-    ]
-    .concat();
-    c.send(&reads);
-    for (cookie, error) in [(1, 0), (2, 0), (3, 22), (4, 0), (5, 22)] {
-        assert_eq!(c.recv_reply(), Reply::Simple { error, cookie });
-        if error == 0 {
-            c.recv(4096);
+    for style in STYLES {
+        let mut c = connect(&t, "", style);
+        let mut reads = [
+            (1, 0, last - 4096, 4096),
+            (2, 0, last, 4096),
+            (3, 0, SIZE, 4096),
+            // Same offset as would continue, another flag, which is not allowed without structured replies.
+            (4, 0, 0, 4096),
+            (5, DF, 4096, 4096),
+            (6, 0, 8192, 4096),
+        ]
+        .map(|(cookie, flags, offset, len)| read_header(&mut c, cookie, flags, offset, len))
+        .concat();
+        let mut errors = vec![0, 0, 22, 0, if style == HeaderStyle::Simple { 22 } else { 0 }, 0];
+        if style == HeaderStyle::Extended {
+            // Lengths that no sum can hold.
+            reads.extend(header(&mut c, NBD_CMD_READ, 7, 0, 12_288, u64::MAX));
+            reads.extend(header(&mut c, NBD_CMD_READ, 8, 0, 0, 4096));
+            reads.extend(header(&mut c, NBD_CMD_READ, 9, 0, 4096, u64::MAX - 4096));
+            errors.extend([22, 0, 22]);
         }
+        c.send(&reads);
+        let mut seen = std::collections::BTreeMap::new();
+        while seen.len() < errors.len() {
+            // In any order: without the fast paths reads take their time, and refusals do not.
+            let first = c.recv_reply();
+            let (mut done, cookie) = match &first {
+                Reply::Simple { cookie, .. } => (true, *cookie),
+                Reply::Chunk { done, cookie, .. } => (*done, *cookie),
+            };
+            let mut all = vec![first];
+            while !done {
+                let next = c.recv_reply();
+                done = matches!(&next, Reply::Chunk { done: true, .. });
+                all.push(next);
+            }
+            let error = Raw::error_of(&all);
+            if style == HeaderStyle::Simple && error == 0 {
+                c.recv(4096);
+            }
+            assert!(seen.insert(cookie, error).is_none(), "one reply per cookie");
+        }
+        assert_eq!(seen.into_values().collect::<Vec<_>>(), errors, "{style:?}");
+        // The same for writes: the second goes past the end.
+        let mut writes = write_request(&mut c, 16, last, &[6; 4096]);
+        writes.extend(write_request(&mut c, 17, SIZE, &[7; 4096]));
+        c.send(&writes);
+        let mut results = [take_result(&mut c), take_result(&mut c)];
+        results.sort_unstable();
+        assert_eq!(results, [(16, 0), (17, 28)]);
+        assert_eq!(c.read(last, 4096).unwrap(), [6; 4096]);
+        c.disc();
     }
-    // The same for writes: the second goes past the end.
-    c.send(&[write_request(6, last, &[6; 4096]), write_request(7, SIZE, &[7; 4096])].concat());
-    assert_eq!(c.recv_reply(), Reply::Simple { error: 0, cookie: 6 });
-    assert_eq!(c.recv_reply(), Reply::Simple { error: 28, cookie: 7 });
-    assert_eq!(c.read(last, 4096).unwrap(), [6; 4096]);
-    c.disc();
 }
 
 #[test]
@@ -166,9 +234,9 @@ fn writes_that_continue_one_another_land_where_they_belong() {
     let mut disk = pattern(0, SIZE as usize);
     let (dir, node) = file_node(&disk);
     let t = TestServer::unix(vec![export_of("", node)]);
-    for structured in [false, true] {
-        let mut c = t.go("", structured);
-        let seed = u8::from(structured) * 100;
+    for style in STYLES {
+        let mut c = connect(&t, "", style);
+        let seed = style as u8 * 60;
         // (offset, length) in the order of sending; later ones overwrite earlier ones.
         let runs: &[&[(u64, usize)]] = &[
             &[(0, 4096), (4096, 4096), (8192, 4096)],
@@ -183,12 +251,12 @@ fn writes_that_continue_one_another_land_where_they_belong() {
                 let data: Vec<u8> =
                     (0..*len).map(|k| (k % 241) as u8 ^ (r * 16 + i) as u8 ^ seed | 1).collect();
                 disk[*offset as usize..][..*len].copy_from_slice(&data);
-                bytes.extend(write_request(i as u64, *offset, &data));
+                bytes.extend(write_request(&mut c, i as u64, *offset, &data));
             }
             c.send(&bytes);
             let mut cookies: Vec<u64> = (0..run.len())
-                .map(|_| match c.recv_reply() {
-                    Reply::Simple { error: 0, cookie } => cookie,
+                .map(|_| match take_result(&mut c) {
+                    (cookie, 0) => cookie,
                     other => panic!("{other:?}"),
                 })
                 .collect();
@@ -207,14 +275,16 @@ fn of_a_run_with_a_fault_only_the_faulty_ones_fail() {
     let both = FaultOps::READ | FaultOps::WRITE;
     fault.add_rule(FaultRule::new(both, FaultAction::Errno(libc::EIO)).range(4096..8192));
     let mut c = t.go("", false);
-    c.send(&(0..3u64).flat_map(|i| write_request(i, i * 4096, &[9; 4096])).collect::<Vec<_>>());
+    let writes: Vec<u8> = (0..3u64).flat_map(|i| write_request(&mut c, i, i * 4096, &[9; 4096])).collect();
+    c.send(&writes);
     let mut errors = [99; 3];
     for _ in 0..3 {
         let Reply::Simple { error, cookie } = c.recv_reply() else { panic!("writes get simple replies") };
         errors[cookie as usize] = error;
     }
     assert_eq!(errors, [0, 5, 0]);
-    c.send(&(0..3u64).flat_map(|i| read_header(i, 0, i * 4096, 4096)).collect::<Vec<_>>());
+    let reads: Vec<u8> = (0..3u64).flat_map(|i| read_header(&mut c, i, 0, i * 4096, 4096)).collect();
+    c.send(&reads);
     let mut errors = [99; 3];
     for _ in 0..3 {
         let Reply::Simple { error, cookie } = c.recv_reply() else { panic!("no structured replies here") };
@@ -224,6 +294,124 @@ fn of_a_run_with_a_fault_only_the_faulty_ones_fail() {
         errors[cookie as usize] = error;
     }
     assert_eq!(errors, [0, 5, 0]);
+    c.disc();
+}
+
+/// Memory that counts how it is asked for it.
+struct Counting {
+    memory: MemoryNode,
+    calls: Arc<AtomicU64>,
+}
+
+impl BlockNode for Counting {
+    fn name(&self) -> &str {
+        "counting"
+    }
+    fn len(&self) -> u64 {
+        self.memory.len()
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn limits(&self) -> Limits {
+        self.memory.limits()
+    }
+    fn try_pread_some(&self, offset: u64, buf: &mut [u8]) -> usize {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.memory.try_pread_some(offset, buf)
+    }
+    fn try_preadv_some(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> usize {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.memory.try_preadv_some(offset, bufs)
+    }
+    fn try_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Option<block::Result<()>> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        // One by one, as memory takes them.
+        let mut at = offset;
+        for buf in bufs {
+            self.memory.try_pwrite(at, buf)?.ok()?;
+            at += buf.len() as u64;
+        }
+        Some(Ok(()))
+    }
+    fn co_preadv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> block::Result<()> {
+        self.memory.co_preadv(offset, bufs)
+    }
+    fn co_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>], flags: WriteFlags) -> block::Result<()> {
+        self.memory.co_pwritev(offset, bufs, flags)
+    }
+    fn co_pwrite_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> block::Result<()> {
+        self.memory.co_pwrite_zeroes(offset, len, flags)
+    }
+    fn co_pdiscard(&self, offset: u64, len: u64) -> block::Result<()> {
+        self.memory.co_pdiscard(offset, len)
+    }
+    fn co_flush(&self) -> block::Result<()> {
+        Ok(())
+    }
+    fn co_block_status(&self, offset: u64, len: u64) -> block::Result<Extent> {
+        self.memory.co_block_status(offset, len)
+    }
+}
+
+#[test]
+fn neighbours_are_one_call_whatever_the_headers() {
+    if !conbd::util::fast::paths().coalesce {
+        // The whole run of tests has it off; then there is nothing to be seen.
+        return;
+    }
+    let calls = Arc::new(AtomicU64::new(0));
+    let node = Counting { memory: MemoryNode::new("m", SIZE).unwrap(), calls: Arc::clone(&calls) };
+    let t = TestServer::unix(vec![export_of("", Arc::new(node))]);
+    for style in STYLES {
+        let mut c = connect(&t, "", style);
+        let before = calls.load(Ordering::Relaxed);
+        let data = pattern(style as u64, 8 * 4096);
+        let mut bytes = Vec::new();
+        for i in 0..8 {
+            bytes.extend(write_request(&mut c, i, i * 4096, &data[i as usize * 4096..][..4096]));
+        }
+        c.send(&bytes);
+        for _ in 0..8 {
+            assert_eq!(take_result(&mut c).1, 0);
+        }
+        let writes = calls.load(Ordering::Relaxed) - before;
+        // The socket may cut what is sent into two or three pieces.
+        assert!(writes <= 4, "{style:?}: {writes} calls for 8 neighbouring writes");
+        let reads: Vec<(u64, u32)> = (0..8).map(|i| (i * 4096, 4096)).collect();
+        check_reads(&mut c, style >= HeaderStyle::Structured, 0, &data, &reads);
+        let reads = calls.load(Ordering::Relaxed) - before - writes;
+        assert_eq!(reads, 1, "{style:?}: calls for 8 neighbouring reads");
+        c.disc();
+    }
+}
+
+#[test]
+fn a_client_that_takes_its_replies_does_not_wake_the_server() {
+    let t = TestServer::unix(vec![export_of("", Arc::new(MemoryNode::new("m", SIZE).unwrap()))]);
+    let mut c = t.go("", false);
+    c.read(0, 4096).unwrap();
+    // What the loops do besides, in all of this time: nothing.
+    let before = t.turns();
+    const N: u64 = 40;
+    for i in 0..N {
+        assert_eq!(c.read(i * 4096, 4096).unwrap().len(), 4096);
+        // Time to turn once more, for whoever is woken.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let turns = t.turns() - before;
+    // One turn brings a request. Where freed space wakes the loop it is two.
+    assert!(turns < N + N / 2, "{turns} turns for {N} requests");
+    // It hears of space again when it needs some: more than any socket buffer holds, read late.
+    let size = 256 << 10;
+    for i in 0..16 {
+        c.send_req(NBD_CMD_READ, 0, i, 0, size);
+    }
+    std::thread::yield_now();
+    for _ in 0..16 {
+        assert!(matches!(c.recv_reply(), Reply::Simple { error: 0, .. }));
+        c.recv(size as usize);
+    }
     c.disc();
 }
 
@@ -279,7 +467,8 @@ fn a_client_that_takes_no_lent_replies_is_not_read_and_gets_all_of_them_later() 
     let t = TestServer::unix(vec![export_of("", node)]);
     let mut c = t.go("", false);
     let n = 64u64;
-    c.send(&(0..n).flat_map(|i| read_header(i, 0, i * 1000, 500_000)).collect::<Vec<_>>());
+    let reads: Vec<u8> = (0..n).flat_map(|i| read_header(&mut c, i, 0, i * 1000, 500_000)).collect();
+    c.send(&reads);
     // Another one is served meanwhile.
     let mut other = t.go("", false);
     assert!(other.read(0, 500_000).unwrap() == disk[..500_000]);

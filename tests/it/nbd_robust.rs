@@ -362,8 +362,9 @@ fn who_finds_no_coroutine_left_is_told_and_the_others_are_served() {
     assert!(refused > 30, "{refused}");
     // A new connection finds no room either, and is closed.
     t.connect().expect_close();
-    // What needs no coroutine is served.
-    assert_eq!(other.read(0, 4).unwrap(), [0; 4]);
+    // What needs no coroutine is served: with the fast paths off there is no such read.
+    let want = if conbd::util::fast::paths().inline_read { Ok(vec![0; 4]) } else { Err(ENOMEM) };
+    assert_eq!(other.read(0, 4), want);
     fault.remove_rule(rule);
     fault.release_all();
     for _ in refused..n {
