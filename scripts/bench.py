@@ -9,7 +9,8 @@ operation (per GiB for copies), of its whole process tree, from /proc and the pr
 The load client is `conbd bench`, the copies are nbdcopy and qemu-img. Results go to docs/bench.json, docs/bench.svg and between
 the markers of docs/performance.md; a quick or partial run prints its tables and writes target/bench/ only.
 
-Environment: QUICK=1 (two minutes), BENCH_GROUPS=raw,copy,... (only these), ROUNDS, SECONDS_PER_RUN, BENCH_DIR (where the images are made).
+Environment: QUICK=1 (two minutes), BENCH_GROUPS=raw,copy,... (only these), BENCH_ROWS=r1m,direct-rr-q1,... (only these rows of them), ROUNDS,
+SECONDS_PER_RUN, BENCH_DIR (where the images are made).
 """
 import json, os, re, shlex, shutil, signal, socket, statistics, struct, subprocess, sys, tempfile, time
 
@@ -17,6 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONBD = os.environ.get("CONBD", ROOT + "/target/release/conbd")
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
 ROUNDS = int(os.environ.get("ROUNDS", "2" if QUICK else "3"))
+ROWS = [key for key in os.environ.get("BENCH_ROWS", "").split(",") if key]
 SECONDS = float(os.environ.get("SECONDS_PER_RUN", "0.4" if QUICK else "0.8"))
 MIB, GIB = 1 << 20, 1 << 30
 IMAGE = (256 if QUICK else 1024) * MIB
@@ -335,7 +337,7 @@ class Bench:
 
     def group(self, title, rows, starters, after=None):
         """Measures rows on servers, which `starters` (name to function) start, in interleaved rounds."""
-        rows = [r for r in rows if not QUICK or r.get("quick")]
+        rows = [r for r in rows if r["key"] in ROWS or not ROWS and (not QUICK or r.get("quick"))]
         rows = [r for r in rows if "program" not in r or shutil.which(r["program"]) or self.note(f"{r['title']}: {r['program']} is not installed")]
         if not rows:
             return
@@ -812,7 +814,7 @@ def main():
     about["took"] = f"{time.time() - begin:.0f} s"
     result = {"machine": about, "rows": summaries, **bench.tables, "notes": bench.notes}
     text = markdown(summaries, bench.tables, about, bench.notes)
-    whole = not QUICK and not chosen
+    whole = not QUICK and not chosen and not ROWS
     where = ROOT + "/docs" if whole else scratch
     with open(where + "/bench.json", "w") as f:
         json.dump(result, f, indent=1)

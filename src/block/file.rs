@@ -1001,10 +1001,13 @@ impl BlockNode for FileNode {
         if !cached || self.read_only || self.inline == Inline::Never || len > INLINE_WRITE_MAX {
             return None;
         }
-        if self.growable && offset + len as u64 > self.len() {
-            return None;
-        }
         let begun = self.quick.begin()?;
+        let end = offset + len as u64;
+        // The file system keeps space and size for later, so making a file longer is no slower than filling a hole.
+        let extending = match self.growable && end > self.len() {
+            true => Some(self.extend.try_plain(offset..end)?),
+            false => None,
+        };
         if self.inline == Inline::Nowait && !self.edges_cached(offset, len as u64) {
             return None;
         }
@@ -1016,7 +1019,12 @@ impl BlockNode for FileNode {
         drop(invalidate);
         self.quick.end(&begun);
         match r {
-            Ok(n) if n == len => Some(Ok(())),
+            Ok(n) if n == len => {
+                if extending.is_some() {
+                    self.len.fetch_max(end, Ordering::SeqCst);
+                }
+                Some(Ok(()))
+            }
             // A short write is the front of an error: the whole write again gets the whole story.
             Ok(_) | Err(Errno::INTR | Errno::AGAIN) => None,
             Err(e) => Some(Err(Error::new("pwrite", &self.name, offset, e.into()))),

@@ -234,8 +234,8 @@ pub trait BlockNode: Send + Sync {
         done
     }
 
-    /// Offers `len` bytes (not 0) for sending from the page cache, if all of them are there and the node's offsets are
-    /// bound to the file's for ever; with `no_holes` only if none of them is known to be a hole. `None`: read them.
+    /// Offers `len` bytes (not 0) for sending from the page cache, if all of them are there and what they are in the file
+    /// stays this node's for ever; with `no_holes` only if none of them is known to be a hole. `None`: read them.
     /// Never yields.
     fn try_lend(&self, _offset: u64, _len: usize, _no_holes: bool) -> Option<Lent> {
         None

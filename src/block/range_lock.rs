@@ -78,17 +78,21 @@ impl RangeLock {
     /// range exists.
     pub fn co_plain(&self, range: Range<u64>) -> RangeGuard<'_> {
         loop {
-            let slot = shard::index();
-            lock(self.plain.get(slot)).push(range.clone());
-            // From here on the guard takes the registration back, and tells those who wait for it.
-            let guard = RangeGuard { lock: self, range: range.clone(), held: Held::Plain { slot } };
-            if self.exclusive.load(Ordering::SeqCst) == 0 || !self.excluded(&range) {
+            if let Some(guard) = self.try_plain(range.clone()) {
                 return guard;
             }
-            drop(guard);
             let free = |s: &mut State| (!s.exclusive.iter().any(|e| overlap(&e.1, &range))).then_some(());
             co_wait_until(&self.state, &self.waiters, free);
         }
+    }
+
+    /// [`RangeLock::co_plain`] if that needs no waiting. Never yields.
+    pub fn try_plain(&self, range: Range<u64>) -> Option<RangeGuard<'_>> {
+        let slot = shard::index();
+        lock(self.plain.get(slot)).push(range.clone());
+        // From here on the guard takes the registration back, and tells those who wait for it.
+        let guard = RangeGuard { lock: self, range: range.clone(), held: Held::Plain { slot } };
+        (self.exclusive.load(Ordering::SeqCst) == 0 || !self.excluded(&range)).then_some(guard)
     }
 
     /// Registers a read-modify-write. Coroutine only; yields while an overlapping range exists.

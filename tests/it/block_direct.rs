@@ -165,6 +165,8 @@ fn plain_ranges_overlap_freely_and_exclusive_ones_wait_in_order() {
     let (other, tother) = start(1, false, 0..140);
     eventually("a plain one beside them", || other.is_inside());
     assert!(!x.is_inside() && !y.is_inside() && !late.is_inside());
+    assert!(lock.try_plain(159..162).is_none(), "an exclusive one comes first, though it waits itself");
+    assert!(lock.try_plain(170..200).is_some(), "beside all exclusive ones");
     b.leave();
     tb.join();
     eventually("the first exclusive one", || x.is_inside());

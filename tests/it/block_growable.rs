@@ -68,6 +68,22 @@ fn growable_nodes_grow_and_read_zeroes_past_their_end() {
 }
 
 #[test]
+fn a_cached_file_grows_in_the_writers_own_turn() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, b"").unwrap();
+    let n = FileNode::open(&FileOptions { growable: true, ..FileOptions::new(&path) }).expect("opens");
+    // Far past the end: what is between is a hole.
+    for (at, fill, len) in [(8192, 1, 12288), (4096, 2, 12288), (12288, 3, 16384), (8192, 4, 16384)] {
+        n.try_pwrite(at, &[fill; 4096]).expect("tried").expect("written");
+        assert_eq!(n.len(), len);
+    }
+    let got = std::fs::read(&path).expect("read");
+    let want = [[0; 4096], [2; 4096], [4; 4096], [3; 4096]].concat();
+    assert!(got == want, "{} bytes", got.len());
+}
+
+#[test]
 fn growing_by_size_never_cuts_off_a_write_that_grows_too() {
     for engine in engines() {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

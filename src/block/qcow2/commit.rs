@@ -18,9 +18,10 @@
 
 use super::node::{Fault, Qcow2Node};
 use crate::block::wait::lock;
-use crate::block::{BlockNode, Error, Result};
+use crate::block::{BlockNode, Error, Result, WriteFlags};
 use crate::co::CoMutex;
 use crossbeam_utils::CachePadded;
+use std::io::IoSlice;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// What a commit leaves out on purpose: the crash suite must notice each.
@@ -181,21 +182,25 @@ impl Qcow2Node {
 
     fn co_write_counts(&self, counts: &[super::refcounts::BlockCopy]) -> Result<()> {
         for b in counts {
-            super::io::co_write_quick(&*self.file, b.host, &b.bytes)?;
+            self.co_put(b.host, &b.bytes)?;
         }
         Ok(())
     }
 
     fn co_write_pointers(&self, l1: &[(u64, u64)], slices: &[super::l2::SliceCopy]) -> Result<()> {
         for s in slices {
-            super::io::co_write_quick(&*self.file, s.host, &s.bytes)?;
+            self.co_put(s.host, &s.bytes)?;
         }
         // Eight aligned bytes each: never torn.
         let table = self.l1_offset.load(Ordering::SeqCst);
         for (index, raw) in l1 {
-            super::io::co_write_quick(&*self.file, table + index * 8, &raw.to_be_bytes())?;
+            self.co_put(table + index * 8, &raw.to_be_bytes())?;
         }
         Ok(())
+    }
+
+    fn co_put(&self, host: u64, bytes: &[u8]) -> Result<()> {
+        super::io::co_write(&*self.file, host, &[IoSlice::new(bytes)], WriteFlags::empty())
     }
 
     /// Barrier of the image file. Yields.

@@ -1,6 +1,7 @@
 //! Access to the file below an image, which may end early: a device does not grow, a file may be cut in mid-cluster.
 
 use crate::block::{BlockNode, Error, Result, WriteFlags, iov};
+use crate::util::fast;
 use std::io::{IoSlice, IoSliceMut};
 
 /// First offset that a request to a file must not reach (what `off_t` holds).
@@ -46,7 +47,8 @@ pub(super) fn try_read(node: &dyn BlockNode, offset: u64, buf: &mut [u8]) -> usi
     buf.len()
 }
 
-/// Writes all of `bufs`; `ENOSPC` where the node ends and does not grow. Yields.
+/// Writes all of `bufs`, to memory if that is quick, without a turn of the engine; `ENOSPC` where the node ends and does
+/// not grow. Yields.
 pub(super) fn co_write(
     node: &dyn BlockNode,
     offset: u64,
@@ -54,6 +56,12 @@ pub(super) fn co_write(
     flags: WriteFlags,
 ) -> Result<()> {
     check_end(node, offset, iov::total(bufs) as u64)?;
+    if flags.is_empty()
+        && fast::paths().inline_write
+        && let Some(done) = node.try_pwritev(offset, bufs)
+    {
+        return done;
+    }
     node.co_pwritev(offset, bufs, flags)
 }
 
@@ -65,13 +73,9 @@ pub(super) fn co_read_quick(node: &dyn BlockNode, offset: u64, buf: &mut [u8]) -
     co_read(node, offset, &mut [IoSliceMut::new(buf)])
 }
 
-/// Writes metadata: to memory if that is quick, without a turn of the engine. Yields.
-pub(super) fn co_write_quick(node: &dyn BlockNode, offset: u64, bytes: &[u8]) -> Result<()> {
-    check_end(node, offset, bytes.len() as u64)?;
-    match node.try_pwrite(offset, bytes) {
-        Some(r) => r,
-        None => node.co_pwritev(offset, &[IoSlice::new(bytes)], WriteFlags::empty()),
-    }
+/// Whether all of a range is in the file.
+pub(super) fn is_inside(node: &dyn BlockNode, offset: u64, len: u64) -> bool {
+    offset.checked_add(len).is_some_and(|end| end <= node.len())
 }
 
 /// Whether a change may be made there.

@@ -33,6 +33,9 @@ pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 /// Fewest slices of a cache (ours: so that requests on many threads always find a clean one).
 const MIN_SLICES: u64 = 64;
 
+/// Dirty slices that make a commit worthwhile though nothing has to be evicted (ours: 4 MiB of them).
+const MANY_DIRTY: usize = 1024;
+
 /// Most slices of a cache: 1 GiB of them.
 const MAX_SLICES: u64 = 256 << 10;
 
@@ -552,9 +555,13 @@ impl Mapper {
         self.dirty_count.load(Ordering::Relaxed)
     }
 
-    /// Whether so many slices are dirty that a commit should make room.
+    /// Whether so many slices are dirty that a commit should be made: for clean ones that can be evicted. Where there is
+    /// room for all that the disk has, none ever is; then only so that a flush does not find too much to do.
     pub(super) fn too_dirty(&self) -> bool {
-        self.dirty_count() > self.room.load(Ordering::Relaxed) / 4
+        let room = self.room.load(Ordering::Relaxed);
+        let all = self.l1_len().saturating_mul(self.g.l2_entries() >> self.slice_bits);
+        let most = if all <= room as u64 { (room / 4).max(MANY_DIRTY) } else { room / 4 };
+        self.dirty_count() > most
     }
 
     /// Copies the dirty slices, which are clean from then on; each is kept until [`Mapper::written`] is told its end.

@@ -18,7 +18,7 @@ use super::refcounts::{MAX_REFTABLE_BYTES, Refcounts, Surroundings};
 use super::{FormatError, Qcow2Error, Qcow2OpenOptions, WriteHook};
 use crate::block::shard::Sharded;
 use crate::block::{
-    BlockNode, DepthExtent, DirtyBitmap, DiscardMode, Error, Extent, Limits, Result, WriteFlags, iov,
+    BlockNode, DepthExtent, DirtyBitmap, DiscardMode, Error, Extent, Lent, Limits, Result, WriteFlags, iov,
 };
 use crate::co::CoMutex;
 use std::collections::{BTreeSet, HashSet};
@@ -639,12 +639,24 @@ impl BlockNode for Qcow2Node {
         self.try_read(offset, buf)
     }
 
+    fn try_preadv_some(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> usize {
+        self.assert_bounds(offset, iov::total_mut(bufs) as u64);
+        self.try_readv(offset, bufs)
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+        self.assert_bounds(offset, len as u64);
+        self.try_lend_unchanging(offset, len, no_holes)
+    }
+
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
-        self.assert_bounds(offset, buf.len() as u64);
-        if buf.is_empty() {
-            return None;
-        }
-        self.try_write(offset, buf)
+        self.try_pwritev(offset, &[IoSlice::new(buf)])
+    }
+
+    fn try_pwritev(&self, offset: u64, bufs: &[IoSlice<'_>]) -> Option<Result<()>> {
+        let len = iov::total(bufs) as u64;
+        self.assert_bounds(offset, len);
+        if len == 0 { None } else { self.try_write(offset, bufs, len) }
     }
 
     fn co_preadv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> Result<()> {
@@ -729,7 +741,7 @@ impl Drop for Qcow2Node {
 
 /// Bytes of L2 cache for a disk of `len` bytes, when nothing is asked for.
 fn default_l2_cache(g: Geometry, len: u64) -> u64 {
-    DEFAULT_L2_CACHE.min(len.div_ceil(g.cluster_size()).saturating_mul(g.l2_entry_size()))
+    DEFAULT_L2_CACHE.min(g.l1_entries_for(len).saturating_mul(g.cluster_size()))
 }
 
 /// Reads the first sector and decodes it.

@@ -3,7 +3,7 @@
 use super::compressed::Decompressed;
 use super::l2::{Kind, Look, Mapping};
 use super::node::Qcow2Node;
-use crate::block::{BlockNode, DepthExtent, Error, Extent, Result, StatusFlags, iov};
+use crate::block::{BlockNode, DepthExtent, Error, Extent, Lent, Result, StatusFlags, iov};
 use crate::co;
 use std::io::IoSliceMut;
 
@@ -198,6 +198,52 @@ impl Qcow2Node {
             }
         }
         done
+    }
+
+    /// [`Qcow2Node::try_read`] into several buffers: one system call if it is all side by side in one file.
+    pub(super) fn try_readv(&self, offset: u64, bufs: &mut [IoSliceMut<'_>]) -> usize {
+        let len = iov::total_mut(bufs) as u64;
+        if len > 0 {
+            let _ticket = self.epochs.ticket();
+            match self.try_find(offset, len) {
+                Some(Source::Image(node, Mapping { kind: Kind::Data { host, .. }, len: found }))
+                    if found == len && super::io::is_inside(node.data(), host, len) =>
+                {
+                    return node.data().try_preadv_some(host, bufs);
+                }
+                Some(Source::Other(b, found)) if found == len => return b.try_preadv_some(offset, bufs),
+                _ => {}
+            }
+        }
+        let mut done = 0;
+        for buf in bufs {
+            let n = self.try_read(offset + done as u64, buf);
+            done += n;
+            if n < buf.len() {
+                break;
+            }
+        }
+        done
+    }
+
+    /// Lends what nobody will change: data in an image that is open for reading only, or in one below. Never what is in an
+    /// image that is written: its clusters may be freed and used again while a client has not read the reply, and the
+    /// pages would go on to show what they hold then. Never yields.
+    pub(super) fn try_lend_unchanging(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+        let _ticket = self.epochs.ticket();
+        match self.try_find(offset, len as u64)? {
+            Source::Image(node, Mapping { kind: Kind::Data { host, .. }, len: found })
+                if node.read_only()
+                    && found == len as u64
+                    && super::io::is_inside(node.data(), host, found) =>
+            {
+                node.data().try_lend(host, len, no_holes)
+            }
+            Source::Other(b, found) if b.read_only() && found == len as u64 => {
+                b.try_lend(offset, len, no_holes)
+            }
+            _ => None,
+        }
     }
 
     pub(super) fn co_status(&self, offset: u64, len: u64) -> Result<Extent> {

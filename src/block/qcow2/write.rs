@@ -129,25 +129,26 @@ impl Qcow2Node {
         Ok(())
     }
 
-    /// Writes all of `buf` if that overwrites one run of allocated clusters and needs no waiting. Never yields.
-    pub(super) fn try_write(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {
+    /// Writes all of `bufs`, which are `len` bytes, if that overwrites one run of allocated clusters and needs no waiting.
+    /// Never yields.
+    pub(super) fn try_write(&self, offset: u64, bufs: &[IoSlice<'_>], len: u64) -> Option<Result<()>> {
         if !self.may_change_now() {
             return None;
         }
         let r = {
             let _ticket = self.epochs.ticket();
-            let Look::Found(m) = self.map.map(offset, buf.len() as u64) else { return None };
+            let Look::Found(m) = self.map.map(offset, len) else { return None };
             // What was just loaded may have shown that the image is damaged.
             if !self.may_change_now() {
                 return None;
             }
             let Kind::Data { host, in_place: true } = m.kind else { return None };
-            if m.len != buf.len() as u64 || super::io::check_end(self.data(), host, m.len).is_err() {
+            if m.len != len || super::io::check_end(self.data(), host, m.len).is_err() {
                 return None;
             }
-            self.data().try_pwrite(host, buf)?
+            self.data().try_pwritev(host, bufs)?
         };
-        self.changed(offset, buf.len() as u64);
+        self.changed(offset, len);
         Some(r)
     }
 
