@@ -8,7 +8,7 @@ CONTAINER ?= $(firstword $(foreach e,docker podman buildah,$(if $(shell command 
 IMAGE ?= conbd:latest
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test build-deps test-deps test-kernel test-container quick fuzz checklist fmt lint doc man bench bench-micro docker clean
+.PHONY: help build run test build-deps test-deps test-kernel test-foreign test-container quick fuzz checklist fmt lint doc man bench bench-micro docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test-kernel: build ## A real Linux kernel and QEMU as clients, in an emulated ma
 
 test-container: build-deps ## The Dockerfile, both stages, with buildah on stand-in bases (as root; minutes; a Debian mirror)
 	@scripts/container-test.sh
+
+test-foreign: build ## Test suites of nbd, libnbd and QEMU against conbd, and raw-socket torture; SUITES="torture nbd libnbd iotests"
+	@scripts/foreign-test.sh
 
 bench: build ## Compare with the other NBD servers installed, side by side; QUICK=1 for two minutes (docs/performance.md)
 	@scripts/bench.py

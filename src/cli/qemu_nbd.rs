@@ -7,13 +7,13 @@
 //! [`image_options`] is where options become an image: other formats plug in there.
 
 use super::getopt::{self, Item, Opt};
-use super::qemu_opts::{self, Image, Object};
+use super::qemu_opts::{self, Image, Null, Object};
 use super::{EXIT_FAILURE, EXIT_OK, qemu_list};
 use crate::aio::engine::EngineChoice;
 use crate::block::qcow2::SnapshotSel;
 use crate::block::{
-    self, BlockBackend, CacheMode, DetectZeroes, DetectZeroesNode, DiscardMode, Format, LockMode, OpenError,
-    OpenOptions,
+    self, BlockBackend, BlockNode, CacheMode, DetectZeroes, DetectZeroesNode, DiscardMode, Format, LockMode,
+    NullNode, OpenError, OpenOptions, RawNode,
 };
 use crate::config::{self, check_filter};
 use crate::daemon::{self, DaemonError, Service, Threads};
@@ -465,7 +465,7 @@ fn run(o: Options) -> Result<u8, Stop> {
         },
         false => None,
     };
-    serve(&o, open, detect, listen, passed, background)
+    serve(&o, open, image.null, detect, listen, passed, background)
 }
 
 fn passed_sockets(o: &Options) -> Result<Vec<systemd::Passed>, Stop> {
@@ -567,6 +567,7 @@ fn image(o: &Options) -> Result<Image, Stop> {
         Some(text) if text.starts_with("json:") => {
             qemu_opts::json(&text["json:".len()..]).and_then(qemu_opts::image).map_err(opened)?
         }
+        Some(text) if let Some(null) = qemu_opts::null_by_name(text) => null,
         Some(text) if is_url(text) => {
             return Err(opened(
                 "only files and block devices of this host are served; a name with a colon is written ./NAME"
@@ -622,6 +623,16 @@ fn image_options(o: &Options, image: &Image) -> Result<(OpenOptions, DetectZeroe
         }
         Some(text) => Some(SnapshotSel::IdOrName(text.to_owned())),
     };
+    if image.null.is_some() {
+        if format == Format::Qcow2 {
+            return opened("Image is not in qcow2 format".to_owned());
+        }
+        if o.snapshot || snapshot.is_some() {
+            return opened(
+                "a null disk has no snapshots, and forgets what is written to it anyway".to_owned(),
+            );
+        }
+    }
     let mode = o.cache.unwrap_or_default();
     let direct = image.direct.unwrap_or(matches!(mode, CacheMode::None | CacheMode::Directsync));
     let durable = matches!(mode, CacheMode::Writethrough | CacheMode::Directsync);
@@ -824,6 +835,7 @@ fn relay(read: OwnedFd, child: i32) -> u8 {
 fn serve(
     o: &Options,
     open: OpenOptions,
+    null: Option<Null>,
     detect: DetectZeroes,
     listen: Vec<ListenAddr>,
     passed: Vec<systemd::Passed>,
@@ -882,7 +894,7 @@ fn serve(
             pool_threads: defaults.pool_threads,
             poll_max: defaults.poll_max,
         },
-        exports: Box::new(move || Ok(vec![make_export(o, &open, detect)?])),
+        exports: Box::new(move || Ok(vec![make_export(o, &open, null.as_ref(), detect)?])),
         server,
         grace: GRACE,
         on_hup: daemon::OnHup::Stop,
@@ -975,15 +987,39 @@ fn allow_list(o: &Options, id: &str) -> Result<AllowList, String> {
     AllowList::parse(&entries)
 }
 
-fn make_export(o: &Options, open: &OpenOptions, detect: DetectZeroes) -> Result<Arc<Export>, DaemonError> {
+/// The node for a null disk, or the window of one that was asked for.
+fn null_node(null: &Null, open: &OpenOptions) -> block::Result<Arc<dyn BlockNode>> {
+    let node = NullNode::new("null", null.size).with_latency(null.latency_ns).with_read_only(open.read_only);
+    if open.offset == 0 && open.size.is_none() {
+        return Ok(Arc::new(node));
+    }
+    Ok(Arc::new(RawNode::new("null", Arc::new(node), open.offset, open.size)?))
+}
+
+fn make_export(
+    o: &Options,
+    open: &OpenOptions,
+    null: Option<&Null>,
+    detect: DetectZeroes,
+) -> Result<Arc<Export>, DaemonError> {
     let name = o.export_name.clone().unwrap_or_default();
-    let root = block::open(open).map_err(|source| DaemonError::Image { export: name.clone(), source })?;
+    let root = match null {
+        None => block::open(open),
+        Some(null) => null_node(null, open).map_err(|_| OpenError::Window {
+            path: open.filename.clone(),
+            offset: open.offset,
+            size: open.size,
+            len: null.size,
+        }),
+    };
+    let root = root.map_err(|source| DaemonError::Image { export: name.clone(), source })?;
     let probed = open.format == Format::Auto && !root.is_format();
     if probed && !open.read_only {
-        // QEMU says this on stderr, too, whatever its log level.
+        // QEMU's words, on stderr whatever the log level: its own tests compare them.
         eprintln!(
-            "WARNING: the format of '{}' was not given and was guessed to be raw: writes that would make its first sector look \
-             like another format are refused.\n         Give the format raw (-f raw) to allow them.",
+            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         Automatically detecting the \
+             format is dangerous for raw images, write operations on block 0 will be restricted.\n         Specify the 'raw' \
+             format explicitly to remove the restrictions.",
             o.files[0].display()
         );
     }
@@ -998,6 +1034,7 @@ fn make_export(o: &Options, open: &OpenOptions, detect: DetectZeroes) -> Result<
         preferred_block: Some(min.max(4096)),
         max_block: Some(MAX_BLOCK),
         hide_rotational: true,
+        sizes_unasked: true,
         allocation_depth: o.allocation_depth,
         bitmaps: o.bitmaps.clone(),
         ..ExportOptions::default()

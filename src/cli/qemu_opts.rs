@@ -153,12 +153,32 @@ pub(super) struct Image {
     /// False with `locking=off`.
     pub(super) lock: bool,
     pub(super) force_share: bool,
+    /// QEMU's null drivers: there is no file.
+    pub(super) null: Option<Null>,
 }
 
+/// A disk with nothing behind it, as QEMU's drivers `null-co` and `null-aio` are: for measuring and for tests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Null {
+    /// Bytes.
+    pub(super) size: u64,
+    /// What each request takes.
+    pub(super) latency_ns: u64,
+}
+
+impl Default for Null {
+    fn default() -> Null {
+        // QEMU's default.
+        Null { size: 1 << 30, latency_ns: 0 }
+    }
+}
+
+/// Drivers of QEMU that need no file.
+const NULL_DRIVERS: [&str; 2] = ["null-co", "null-aio"];
 /// Drivers of QEMU for files of the host.
 const FILE_DRIVERS: [&str; 2] = ["file", "host_device"];
 /// Drivers of QEMU that a user may ask for and that are not here.
-const OTHER_DRIVERS: [&str; 32] = [
+const OTHER_DRIVERS: [&str; 30] = [
     "blkdebug",
     "blklogwrites",
     "blkverify",
@@ -177,8 +197,6 @@ const OTHER_DRIVERS: [&str; 32] = [
     "luks",
     "nbd",
     "nfs",
-    "null-aio",
-    "null-co",
     "nvme",
     "parallels",
     "qcow",
@@ -198,6 +216,17 @@ pub(super) fn is_foreign(format: &str) -> bool {
     OTHER_DRIVERS.contains(&format)
 }
 
+/// The null disk that a file name such as `null-co://` means.
+pub(super) fn null_by_name(name: &str) -> Option<Image> {
+    let driver = name.strip_suffix("://")?;
+    NULL_DRIVERS.contains(&driver).then(|| Image {
+        format: Some("raw".to_owned()),
+        null: Some(Null::default()),
+        lock: true,
+        ..Image::default()
+    })
+}
+
 /// Reads an image's settings (`--image-opts`, `json:`).
 ///
 /// # Errors
@@ -207,7 +236,7 @@ pub(super) fn image(mut settings: Settings) -> Result<Image, String> {
     let mut image = Image { lock: true, ..Image::default() };
     // A protocol driver at the top has no format driver above it: its bytes are the disk.
     let prefix = match driver.as_deref() {
-        Some(driver) if FILE_DRIVERS.contains(&driver) => {
+        Some(driver) if FILE_DRIVERS.contains(&driver) || NULL_DRIVERS.contains(&driver) => {
             image.format = Some("raw".to_owned());
             ""
         }
@@ -221,8 +250,21 @@ pub(super) fn image(mut settings: Settings) -> Result<Image, String> {
         }
         None => "file.",
     };
-    if prefix == "file."
-        && let Some(below) = settings.remove("file.driver")
+    let protocol = if prefix.is_empty() { driver.clone() } else { settings.remove("file.driver") };
+    if let Some(protocol) = &protocol
+        && NULL_DRIVERS.contains(&protocol.as_str())
+    {
+        let mut null = Null::default();
+        if let Some(text) = settings.remove(&format!("{prefix}size")) {
+            null.size = size("size", &text)?;
+        }
+        if let Some(text) = settings.remove(&format!("{prefix}latency-ns")) {
+            null.latency_ns = size("latency-ns", &text)?;
+        }
+        // It always does.
+        take_bool(&mut settings, &format!("{prefix}read-zeroes"))?;
+        image.null = Some(null);
+    } else if let Some(below) = &protocol
         && !FILE_DRIVERS.contains(&below.as_str())
     {
         return Err(format!(
@@ -232,7 +274,8 @@ pub(super) fn image(mut settings: Settings) -> Result<Image, String> {
     if let Some(node) = settings.remove("file") {
         return Err(format!("Cannot find device='' nor node-name='{node}'"));
     }
-    let Some(filename) = settings.remove(&format!("{prefix}filename")) else {
+    let filename = settings.remove(&format!("{prefix}filename"));
+    let Some(filename) = filename.or_else(|| image.null.is_some().then(String::new)) else {
         return Err(match (prefix, driver) {
             ("", _) => "The 'file' block driver requires a file name".to_owned(),
             (_, Some(driver)) if is_foreign(&driver) => format!("the driver '{driver}' is not offered"),

@@ -97,6 +97,10 @@ pub struct ExportOptions {
     pub max_connections: Option<usize>,
     /// Do not tell clients that the medium spins.
     pub hide_rotational: bool,
+    /// Tell block sizes also to clients that did not ask for them: as `NBD_OPT_GO` finds them, with a smallest block of 1,
+    /// since they cannot know better; and `NBD_OPT_INFO` asks them to ask if the smallest is another. That is what
+    /// QEMU does, and its clients count on it.
+    pub sizes_unasked: bool,
 }
 
 /// One export: a name for a backend, and what is promised about it.
@@ -106,6 +110,7 @@ pub struct Export {
     backend: Arc<BlockBackend>,
     flags: TransmissionFlags,
     sizes: BlockSizes,
+    sizes_unasked: bool,
     tls_required: bool,
     allow: Option<AllowList>,
     contexts: Vec<ContextKind>,
@@ -217,6 +222,7 @@ impl Export {
             backend,
             flags,
             sizes,
+            sizes_unasked: options.sizes_unasked,
             tls_required: options.tls_required,
             allow: options.allow,
             contexts,
@@ -309,6 +315,12 @@ impl Export {
     #[must_use]
     pub fn block_sizes(&self) -> BlockSizes {
         self.sizes
+    }
+
+    /// Whether clients that did not ask for block sizes are told them; see [`ExportOptions::sizes_unasked`].
+    #[must_use]
+    pub fn sizes_unasked(&self) -> bool {
+        self.sizes_unasked
     }
 }
 

@@ -5,8 +5,8 @@ use super::handshake::{CloseReason, Handshake, Step};
 use super::meta::{self, MetaSelection};
 use super::proto::*;
 use super::wire::{
-    InfoRequest, MetaContextRequest, ProtocolError, RepInfo, RepMetaContext, RepServer, check_string,
-    put_option_reply,
+    BlockSizes, InfoRequest, MetaContextRequest, ProtocolError, RepInfo, RepMetaContext, RepServer,
+    check_string, put_option_reply,
 };
 use std::sync::Arc;
 
@@ -97,7 +97,14 @@ fn info(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTable, out: 
         );
         return Step::Again;
     }
-    let flags = hs.flags_of(export);
+    let mut flags = hs.flags_of(export);
+    if option == NBD_OPT_INFO && hs.style == HeaderStyle::Extended {
+        // Of use once contexts are selected, which may still come; NBD_OPT_GO then says what holds.
+        flags |= TransmissionFlags::NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+    }
+    let sizes = export.block_sizes();
+    let asked = request.wants(NBD_INFO_BLOCK_SIZE);
+    let ask_first = option == NBD_OPT_INFO && export.sizes_unasked() && !asked && sizes.min > 1;
     let mut data = Vec::new();
     let mut put = |info: RepInfo<'_>| {
         data.clear();
@@ -111,8 +118,16 @@ fn info(hs: &mut Handshake, option: u32, data: &[u8], table: &ExportTable, out: 
     if request.wants(NBD_INFO_DESCRIPTION) && !export.description().is_empty() {
         put(RepInfo::Description(export.description()));
     }
-    if request.wants(NBD_INFO_BLOCK_SIZE) {
-        put(RepInfo::BlockSize(export.block_sizes()));
+    if asked {
+        put(RepInfo::BlockSize(sizes));
+    } else if export.sizes_unasked() {
+        // Unaligned requests work all the same.
+        put(RepInfo::BlockSize(if ask_first { sizes } else { BlockSizes { min: 1, ..sizes } }));
+    }
+    if ask_first {
+        let why = b"ask for NBD_INFO_BLOCK_SIZE: the smallest block of this export is not 1 byte";
+        put_option_reply(out, option, NBD_REP_ERR_BLOCK_SIZE_REQD, why);
+        return Step::Again;
     }
     put_option_reply(out, option, NBD_REP_ACK, b"");
     match admission {

@@ -27,6 +27,9 @@ pub const FLUSH_AT: usize = 32 << 10;
 /// Holes are looked for in grains of this many bytes, at multiples of it in the export (ours: a page).
 pub const ZERO_GRAIN: usize = 4096;
 
+/// The same in reads that are shorter than a page: the least that the document asks chunks to be cut at.
+const SMALL_GRAIN: usize = 512;
+
 /// A range of a buffer, or of what a file lends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
@@ -386,6 +389,7 @@ pub fn content(data: &[u8], offset: u64) -> Content {
 struct ZeroRuns<'a> {
     data: &'a [u8],
     offset: u64,
+    grain: usize,
     pos: usize,
     /// What the grain at `pos` is, if known.
     next: Option<(usize, bool)>,
@@ -393,7 +397,8 @@ struct ZeroRuns<'a> {
 
 impl<'a> ZeroRuns<'a> {
     fn new(data: &'a [u8], offset: u64) -> ZeroRuns<'a> {
-        ZeroRuns { data, offset, pos: 0, next: None }
+        let grain = if data.len() < ZERO_GRAIN { SMALL_GRAIN } else { ZERO_GRAIN };
+        ZeroRuns { data, offset, grain, pos: 0, next: None }
     }
 
     /// End and kind of the grain at `pos`. A piece shorter than a grain counts as data unless it is all there is.
@@ -401,9 +406,9 @@ impl<'a> ZeroRuns<'a> {
         if pos == self.data.len() {
             return None;
         }
-        let into = ((self.offset + pos as u64) % ZERO_GRAIN as u64) as usize;
-        let end = (pos + ZERO_GRAIN - into).min(self.data.len());
-        let whole = end - pos == ZERO_GRAIN || (pos == 0 && end == self.data.len());
+        let into = ((self.offset + pos as u64) % self.grain as u64) as usize;
+        let end = (pos + self.grain - into).min(self.data.len());
+        let whole = end - pos == self.grain || (pos == 0 && end == self.data.len());
         Some((end, whole && is_zero(&self.data[pos..end])))
     }
 }
@@ -561,6 +566,11 @@ mod tests {
         assert_eq!(content(&data, 0), Content::Mixed);
         assert_eq!(content(&data[ZERO_GRAIN..2 * ZERO_GRAIN], 4096), Content::Data);
         assert_eq!(content(&data[..512], 512), Content::Hole);
+        // Less than a page is looked at in sectors.
+        let mut small = vec![0; 1024];
+        small[512] = 1;
+        assert_eq!(content(&small, 2048), Content::Mixed);
+        assert_eq!(content(&small[1..], 2049), Content::Data, "no whole sector of zeroes");
     }
 
     #[test]

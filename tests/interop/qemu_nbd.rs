@@ -476,7 +476,7 @@ fn a_guessed_format_warns_and_guards_the_first_sector() {
     server.signal(Signal::TERM);
     let (code, err) = server.end();
     assert_eq!(code, Some(0));
-    assert!(err.contains("WARNING") && err.contains("-f raw"), "{err}");
+    assert!(err.contains("WARNING: Image format was not specified for 'disk.raw'"), "{err}");
     // As there, a warning at the start is no quiet start.
     let args = ["--fork", "-t", "-k", &place.text("f"), "--pid-file", &place.text("pid"), "disk.raw"];
     let ours = said_and_killed(&place, place.ours(), &args);
@@ -484,13 +484,58 @@ fn a_guessed_format_warns_and_guards_the_first_sector() {
     assert_eq!(ours, real);
 }
 
-/// The exit code of a start with --fork, whose server is ended by its pid file.
-fn said_and_killed(place: &Place, mut command: Command, args: &[&str]) -> Option<i32> {
-    let code = said(&mut command, args).0;
+/// Exit code and stderr of a start with --fork, whose server is ended by its pid file.
+fn said_and_killed(place: &Place, mut command: Command, args: &[&str]) -> (Option<i32>, String) {
+    let (code, _, err) = said(&mut command, args);
     let pid: i32 = std::fs::read_to_string(place.path("pid")).unwrap().trim().parse().unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     wait_until("the daemon is gone", || !Path::new(&format!("/proc/{pid}")).exists());
-    code
+    (code, err)
+}
+
+#[test]
+fn null_disks_are_served() {
+    let place = Place::new(512);
+    for (args, size) in [
+        (&["-f", "raw", "null-co://"][..], 1 << 30),
+        (&["--image-opts", "driver=null-aio,size=10M"], 10 << 20),
+        (&[r#"json:{"driver":"raw","offset":1024,"file":{"driver":"null-co","size":4096}}"#], 3072),
+    ] {
+        let server = place.start(place.ours(), "n", args);
+        let got: u64 = run("nbdinfo", &["--size", &place.uri("n")]).ok().trim().parse().unwrap();
+        assert_eq!(got, size, "{args:?}");
+        server.end();
+        let server = place.start(place.ours(), "n", args);
+        run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 1k", "-c", "read -P 0 0 1k", &place.uri("n")]).ok();
+        server.end();
+    }
+    let (code, _, err) = said(&mut place.ours(), &["-f", "qcow2", "null-co://"]);
+    assert!(code == Some(1) && err.contains("not in qcow2 format"), "{err}");
+    let (code, _, err) = said(&mut place.ours(), &["-s", "null-co://"]);
+    assert!(code == Some(1) && err.contains("no snapshots"), "{err}");
+}
+
+#[test]
+fn clients_that_ask_for_no_block_sizes_are_answered_as_there() {
+    // A guessed raw image has a smallest block of 512 bytes.
+    let place = Place::new(1 << 20);
+    let script = "h.set_opt_mode(True)\nh.set_request_block_size(False)\nh.connect_unix(PATH)\n\
+                  try:\n    h.opt_info()\n    print('info', h.get_block_size(nbd.SIZE_MINIMUM))\n\
+                  except nbd.Error:\n    print('no info')\n\
+                  h.opt_go()\nprint('go', h.get_block_size(nbd.SIZE_MINIMUM))\nh.shutdown()\n";
+    let ask = |command, args: &[&str]| {
+        let server = place.start(command, "s", args);
+        let script = script.replace("PATH", &format!("'{}'", place.text("s")));
+        let said = run("nbdsh", &["-c", &script]).ok();
+        server.end();
+        said
+    };
+    for (args, want) in
+        [(&["disk.raw"][..], "no info\ngo 1\n"), (&["-f", "raw", "disk.raw"], "info 1\ngo 1\n")]
+    {
+        assert_eq!(ask(place.real(), args), want, "{args:?} there");
+        assert_eq!(ask(place.ours(), args), want, "{args:?}");
+    }
 }
 
 #[test]

@@ -121,7 +121,12 @@ const RULES: [Rule; 168] = [
     Rule("Each information at most once; NAME is canonical", "", &[], Tested),
     Rule("Block sizes obey their rules", "", &[], Tested),
     Rule("Block sizes are told when asked for", "", &[], Tested),
-    Rule("MAY: BLOCK_SIZE_REQD", "Never: unaligned requests are served", &[], Tested),
+    Rule(
+        "MAY: BLOCK_SIZE_REQD",
+        "Never of who enters: unaligned requests are served. The qemu-nbd personality sends it for INFO, as QEMU does",
+        &[],
+        Tested,
+    ),
     Rule("Clients that did not negotiate block sizes are served or refused cleanly", "Served", &[], Tested),
     Rule("Strange names name nothing and touch no file", "", &[], Tested),
     Rule("Empty name: default export or UNKNOWN", "", &[], Tested),
@@ -182,7 +187,7 @@ const RULES: [Rule; 168] = [
     ),
     Rule(
         "MAY: ROTATIONAL, SEND_CACHE, SEND_RESIZE, BLOCK_STATUS_PAYLOAD",
-        "ROTATIONAL as the device says, CACHE always, the filter with extended headers and a selected context; RESIZE never",
+        "ROTATIONAL as the device says, CACHE always, the filter with extended headers, in INFO always, in GO with a selected context; RESIZE never",
         &[],
         Tested,
     ),

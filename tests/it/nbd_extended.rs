@@ -288,6 +288,24 @@ fn a_long_zeroing_lets_others_in_between_its_steps_158() {
 }
 
 #[test]
+fn info_offers_the_filter_before_a_context_is_selected_97() {
+    let t = TestServer::unix(vec![memory("", SIZE)]);
+    let payload_flag = TransmissionFlags::NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+    let offered = |c: &mut Raw, option| {
+        let replies = c.info(option, "", &[]);
+        c.note_export(&replies);
+        c.flags.contains(payload_flag)
+    };
+    let mut c = t.haggle();
+    assert!(!offered(&mut c, NBD_OPT_INFO), "compact headers");
+    assert_eq!(c.verdict(NBD_OPT_EXTENDED_HEADERS, b""), NBD_REP_ACK);
+    // How else would a client know before it selects contexts?
+    assert!(offered(&mut c, NBD_OPT_INFO));
+    assert!(!offered(&mut c, NBD_OPT_GO), "without contexts there is nothing to filter");
+    c.disc();
+}
+
+#[test]
 fn filtered_block_status_answers_for_the_named_contexts_97_154() {
     let options = ExportOptions { allocation_depth: true, bitmaps: vec!["one".into()], ..Default::default() };
     let export = Export::new(options, BlockBackend::new(Arc::new(layered(SIZE)))).unwrap();

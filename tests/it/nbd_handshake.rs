@@ -564,6 +564,39 @@ fn block_sizes_are_advertised_as_configured_65() {
 }
 
 #[test]
+fn clients_that_ask_for_no_block_sizes_are_told_one_byte_where_that_is_wanted_66() {
+    let make = |min| {
+        let options = ExportOptions {
+            name: format!("min{min}"),
+            min_block: Some(min),
+            preferred_block: Some(4096),
+            max_block: Some(1 << 20),
+            sizes_unasked: true,
+            ..ExportOptions::default()
+        };
+        Export::new(options, BlockBackend::new(Arc::new(MemoryNode::new("m", SIZE).unwrap()))).unwrap()
+    };
+    let t = TestServer::unix(vec![make(1), make(512)]);
+    let sizes = |min| RepInfo::BlockSize(BlockSizes { min, preferred: 4096, max: 1 << 20 });
+    let mut c = t.haggle();
+    let replies = c.info(NBD_OPT_INFO, "min1", &[]);
+    assert_eq!(infos(&replies)[1], sizes(1));
+    // Whoever only looks is told the truth, and that it should have been asked for.
+    let replies = c.info(NBD_OPT_INFO, "min512", &[]);
+    assert_eq!(replies.last().unwrap().0, NBD_REP_ERR_BLOCK_SIZE_REQD);
+    assert_eq!(RepInfo::decode(&replies[1].1).unwrap(), sizes(512));
+    let replies = c.info(NBD_OPT_INFO, "min512", &[NBD_INFO_BLOCK_SIZE]);
+    assert_eq!(infos(&replies)[1..], [sizes(512)]);
+    // Whoever enters regardless is served as it takes things to be.
+    let replies = c.info(NBD_OPT_GO, "min512", &[]);
+    assert_eq!(infos(&replies)[1], sizes(1));
+    c.note_export(&replies);
+    assert_eq!(c.write(0, 3, &[9; 5]), 0);
+    assert_eq!(c.read(2, 7).unwrap(), [0, 9, 9, 9, 9, 9, 0]);
+    c.disc();
+}
+
+#[test]
 fn exports_that_break_the_protocol_cannot_be_made_1() {
     let make =
         |o: ExportOptions| Export::new(o, BlockBackend::new(Arc::new(MemoryNode::new("m", 4096).unwrap())));
