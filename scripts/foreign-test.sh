@@ -127,7 +127,7 @@ nbd() {
     dir=$(source_of nbd 3) || exit 1
     if [ ! -x "$dir/tests/run/nbd-tester-client" ]; then
         # shellcheck disable=SC2086
-        (cd "$dir" && ./configure --disable-manpages && make $quiet nbd-client && cd tests/run && make $quiet nbd-tester-client &&
+        (cd "$dir" && DB2M=true ./configure && make $quiet nbd-client && cd tests/run && make $quiet nbd-tester-client &&
             gcc -O1 -DISSERVER -DHAVE_CONFIG_H -I../.. $(pkg-config --cflags glib-2.0 gnutls) -o nbd-tester-inetd \
                 nbd-tester-client.c cliserv.c buffer.c crypto-gnutls.c $(pkg-config --libs glib-2.0 gnutls)) \
             >"$work/logs/nbd.build" 2>&1 || die "nbd does not build, see $work/logs/nbd.build"

@@ -4,7 +4,10 @@
 
 use super::{run_coroutine, with_sources};
 use crate::nbd::client::{ClientError, ExportInfo, Negotiation, Uri};
-use crate::nbd::proto::TransmissionFlags;
+use crate::nbd::proto::{
+    NBD_OPT_STARTTLS, NBD_REP_ERR_POLICY, NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNSUP,
+    TransmissionFlags, opt_name,
+};
 use std::fmt::Write as _;
 
 /// QEMU's words for the transmission flags, by bit.
@@ -46,7 +49,34 @@ pub(super) fn list(server: Uri) -> Result<String, String> {
         Err(ClientError::Connect { source, .. }) => {
             Err(format!("Failed to connect to '{shown}': {}", super::qemu_nbd::system_text(&source)))
         }
+        Err(ClientError::Refused { option, reply, message }) => {
+            let mut text = refusal(option, reply).unwrap_or_else(|| {
+                with_sources(&ClientError::Refused { option, reply, message: String::new() })
+            });
+            if !message.is_empty() && reply != NBD_REP_ERR_UNSUP {
+                // Writing to a String cannot fail.
+                let _ = write!(text, "\nserver reported: {message}");
+            }
+            Err(text)
+        }
         Err(e) => Err(with_sources(&e)),
+    }
+}
+
+/// QEMU's words for what a server refuses.
+fn refusal(option: u32, reply: u32) -> Option<String> {
+    let name = opt_name(option).to_lowercase().replace('_', " ");
+    let named = format!("option {option} ({name})");
+    match reply {
+        NBD_REP_ERR_TLS_REQD => {
+            Some(format!("TLS negotiation required before {named}\nDid you forget a valid tls-creds?"))
+        }
+        NBD_REP_ERR_POLICY => Some(format!("Denied by server for {named}")),
+        NBD_REP_ERR_SHUTDOWN => Some(format!("Server shutting down before {named}")),
+        NBD_REP_ERR_UNSUP if option == NBD_OPT_STARTTLS => {
+            Some("Server don't support STARTTLS option".to_owned())
+        }
+        _ => None,
     }
 }
 

@@ -602,6 +602,30 @@ fn tls_and_its_access_list_are_wired() {
 }
 
 #[test]
+fn a_list_without_the_right_tls_fails_in_the_same_words() {
+    let place = Place::new(1 << 20);
+    std::fs::write(place.path("keys.psk"), "alice:00112233445566778899aabbccddeeff\n").unwrap();
+    let creds = |end: &str| format!("tls-creds-psk,id=t,endpoint={end},dir={}", place.dir.path().display());
+    let (server_creds, client_creds) = (creds("server"), creds("client") + ",username=alice");
+    let tls_server = ["-t", "-f", "raw", "--object", &server_creds, "--tls-creds", "t", "disk.raw"];
+    let plain_server = ["-t", "-f", "raw", "disk.raw"];
+    for command in [Place::ours, Place::real] {
+        let running = place.start(command(&place), "tls", &tls_server);
+        let args = ["-L", "-k", &place.text("tls")];
+        let (ours, real) = (said(&mut place.ours(), &args), said(&mut place.real(), &args));
+        assert!(real.0 == Some(1) && real.2.contains("TLS negotiation required"), "{real:?}");
+        assert_eq!(ours, real);
+        drop(running);
+        let running = place.start(command(&place), "plain", &plain_server);
+        let args = ["-L", "-k", &place.text("plain"), "--object", &client_creds, "--tls-creds", "t"];
+        let (ours, real) = (said(&mut place.ours(), &args), said(&mut place.real(), &args));
+        assert_eq!(real.0, Some(1), "{real:?}");
+        assert_eq!(ours, real);
+        drop(running);
+    }
+}
+
+#[test]
 fn large_requests_and_many_clients_work_over_tcp() {
     let place = Place::new(100 << 20);
     let mut command = place.ours();
