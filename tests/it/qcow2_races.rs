@@ -525,10 +525,10 @@ fn dirty_and_corrupt_images_open_read_only_alone() {
 fn unknown_autoclear_features_are_cleared_by_the_first_change_and_not_before() {
     let bed = Bed::new("cluster_size=64k", "8M", None);
     bed.run(|n| write(n, 0, C, 0x11).expect("write"));
-    let bed = patch(bed, |f| f.write_all_at(&0x21u64.to_be_bytes(), 88).unwrap());
+    let bed = patch(bed, |f| f.write_all_at(&0x60u64.to_be_bytes(), 88).unwrap());
     let bits = |bed: &Bed| word(&std::fs::File::open(&bed.path).unwrap(), 88);
     bed.run(|n| expect(n, 0, C, 0x11));
-    assert_eq!(bits(&bed), 0x21);
+    assert_eq!(bits(&bed), 0x60);
     bed.run(|n| write(n, 0, 512, 0x22).expect("write"));
     assert_eq!(bits(&bed), 0);
     let mut want = vec![0; 8 << 20];

@@ -43,7 +43,6 @@ const PURE: &[&str] = &[
     "block/qcow2/snapshot.rs",
     "block/qcow2/bitmap.rs",
     "block/qcow2/inflate.rs",
-    "block/qcow2/fields.rs",
     "block/qcow2/error.rs",
 ];
 

@@ -2,10 +2,12 @@
 //! and writing them through us may fail, with an error that says where; it may not panic, hang, eat the memory, or
 //! change what it was not asked to change.
 
+use crate::cli_harness::{Serving, conbd};
 use crate::corpus::{noise, qemu_img, qemu_io, text};
 use crate::driver::Threads;
 use crate::image::{self, Layout, be32, be64};
 use crate::power::{Rng, seed};
+use crate::support::run;
 use conbd::block::qcow2::Qcow2Node;
 use conbd::block::{BlockNode, WriteFlags};
 use std::fs;
@@ -584,5 +586,65 @@ fn no_random_damage_harms_us() {
         });
         read_clusters(&threads, &node);
         threads.close(node).ok();
+    }
+}
+
+/// What a broken entry does to a request is told in the log, and by `conbd check`: image, table, and place in the file.
+#[test]
+fn a_broken_entry_is_told_with_its_image_its_table_and_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bad.qcow2");
+    let small = good(dir.path(), "", false);
+    let p = places(&small);
+    let wrong = |d: &[u8], at: u64, bits: u64| put(d, at, &(be64(d, at as usize) ^ bits).to_be_bytes());
+    let subclusters = {
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "extended_l2=on,cluster_size=16k",
+            text(&path),
+            "1M",
+        ]);
+        qemu_io(&path, &["write -P 7 0 16k".to_owned()]);
+        fs::read(&path).unwrap()
+    };
+    let ext = places(&subclusters);
+    let read = "read 0 4k";
+    for (image, at, request, what) in [
+        (wrong(&small, p.l.l1_offset, 1), p.l.l1_offset, read, "L1 entry"),
+        (wrong(&small, p.l2, 1 << 9), p.l2, read, "L2 entry"),
+        (wrong(&subclusters, ext.l2 + 8, 1 << 32), ext.l2, read, "extended L2 bitmap entry"),
+        (wrong(&small, p.l.reftable_offset, 1), p.l.reftable_offset, "write 0 4k", "refcount table entry"),
+    ] {
+        fs::write(&path, &image).unwrap();
+        let checked = conbd(&["check", text(&path)]);
+        assert_eq!(checked.code, Some(2), "{what}: {checked:?}");
+        let said = checked.stdout + &checked.stderr;
+        assert!(said.contains(what) && said.contains("bad.qcow2"), "{what}: {said}");
+        let serving = Serving::start(&[text(&path), "--listen", "127.0.0.1:0"], 1);
+        let uri = serving.uri().to_owned();
+        let refused = run("qemu-io", &["-f", "raw", &uri, "-c", request]);
+        assert!(refused.is_err_and(|e| e.contains("Input/output error")), "{what}");
+        let log = serving.log();
+        let line = log.lines().find(|l| l.contains(what)).unwrap_or_else(|| panic!("{what} is not in {log}"));
+        for part in ["bad.qcow2".to_owned(), format!("at byte {at:#x} of the file")] {
+            assert!(line.contains(&part), "{what}: {part:?} is not in {line}");
+        }
+        // Closing a damaged image may fail: that is told too.
+        serving.stop();
+    }
+    // And what keeps an image from being opened.
+    for (at, bytes, want) in [
+        (36u64, [0, 0, 0, 1], "header: l1_size (bytes 36-39) is 0x1"),
+        (48, [0x7f, 0, 0, 0], "header: refcount_table_offset (bytes 48-55) is 0x7f"),
+        (40, [0, 0, 0, 1], "header: l1_table_offset (bytes 40-47) is 0x1"),
+    ] {
+        fs::write(&path, put(&small, at, &bytes)).unwrap();
+        let ended = conbd(&["serve", text(&path), "--listen", "127.0.0.1:0", "--log-level", "off"]);
+        let line = ended.error_line();
+        assert!(line.contains("bad.qcow2") && line.contains(want), "{want:?} is not in {line}");
     }
 }

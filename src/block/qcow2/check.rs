@@ -207,6 +207,12 @@ pub fn co_read_snapshots(file: &dyn BlockNode, header: &Header) -> Result<(Vec<S
         let mut fixed = [0; snapshot::FIXED_LEN];
         co_read(file, at, &mut fixed)?;
         let len = snapshot::entry_len(&fixed, index)?;
+        // The last one's padding may be missing.
+        if at.saturating_add(len as u64) > file.len().saturating_add(7) {
+            let have = file.len().saturating_sub(at);
+            let structure = format!("snapshot table entry {index}");
+            return Err(CheckError::Format(FormatError::Truncated { structure, need: len as u64, have }));
+        }
         let mut entry = vec![0; len];
         co_read(file, at, &mut entry)?;
         out.push(Snapshot::parse(&entry, index, header.cluster_bits)?);

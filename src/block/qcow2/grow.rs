@@ -1,7 +1,8 @@
 //! Making the disk larger, and what bitmaps need of the image: clusters, and bytes in them.
 
 use super::alloc::Freed;
-use super::l2::{Kind, MAX_L1_BYTES};
+use super::header::{Autoclear, MAX_L1_BYTES};
+use super::l2::Kind;
 use super::node::Qcow2Node;
 use crate::block::{BlockNode, Error, Result, WriteFlags};
 use std::io::{IoSlice, IoSliceMut};
@@ -204,8 +205,8 @@ impl Qcow2Node {
     pub fn co_set_bitmaps_feature(&self, on: bool) -> Result<()> {
         let bits = {
             let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-            header.set_bitmaps(on);
-            header.autoclear_features
+            header.autoclear.set(Autoclear::BITMAPS, on);
+            header.autoclear.bits()
         };
         self.co_write_header_field(88, &bits.to_be_bytes())
     }

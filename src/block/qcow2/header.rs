@@ -598,6 +598,26 @@ impl Header {
         self.autoclear.contains(Autoclear::RAW_DATA)
     }
 
+    /// Whether refcounts may be wrong.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.incompatible.contains(Incompatible::DIRTY)
+    }
+
+    /// Whether any structure may be wrong.
+    #[must_use]
+    pub fn is_corrupt(&self) -> bool {
+        self.incompatible.contains(Incompatible::CORRUPT)
+    }
+
+    /// The autoclear features that stay when we change the image, keeping up its bitmaps or not; `None` when all of those
+    /// that are set do.
+    #[must_use]
+    pub fn autoclear_to_keep(&self, bitmaps: bool) -> Option<Autoclear> {
+        let kept = if bitmaps { Autoclear::KNOWN } else { Autoclear::RAW_DATA };
+        (self.version >= 3 && !kept.contains(self.autoclear)).then(|| self.autoclear & kept)
+    }
+
     /// How the tables are laid out.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
@@ -908,34 +928,87 @@ mod tests {
         check(0, b"QED\0", "not a qcow2 image");
         check(4, &1u32.to_be_bytes(), "version 1 is not supported");
         check(4, &4u32.to_be_bytes(), "version 4 is not supported");
-        check(8, &1u64.to_be_bytes(), "backing_file_offset (bytes 8-15)");
-        check(8, &[&65530u64.to_be_bytes()[..], &20u32.to_be_bytes()].concat(), "within the first cluster");
-        check(8, &[&200u64.to_be_bytes()[..], &1024u32.to_be_bytes()].concat(), "backing_file_size");
+        let one_name = |offset: u64, len: u32| [&offset.to_be_bytes()[..], &len.to_be_bytes()].concat();
+        check(8, &1u64.to_be_bytes(), "backing_file_offset (bytes 8-15) is 0x1");
+        check(8, &one_name(65530, 20), "backing_file_offset (bytes 8-15) is 0xfffa");
+        check(8, &one_name(200, 1024), "backing_file_size (bytes 16-19) is 0x400");
         check(20, &8u32.to_be_bytes(), "cluster_bits (bytes 20-23) is 0x8");
-        check(20, &22u32.to_be_bytes(), "cluster_bits");
-        check(24, &(1u64 << 31).to_be_bytes(), "too small for the virtual size");
-        check(24, &u64::MAX.to_be_bytes(), "size (bytes 24-31)");
-        check(32, &1u32.to_be_bytes(), "AES");
-        check(32, &2u32.to_be_bytes(), "LUKS");
-        check(32, &3u32.to_be_bytes(), "crypt_method");
-        check(36, &0x40_0001u32.to_be_bytes(), "l1_size");
-        check(40, &0x30001u64.to_be_bytes(), "l1_table_offset");
-        check(40, &0u64.to_be_bytes(), "l1_table_offset");
-        check(40, &0xffff_ffff_ffff_0000u64.to_be_bytes(), "l1_table_offset");
-        check(48, &0x10200u64.to_be_bytes(), "refcount_table_offset");
-        check(56, &0u32.to_be_bytes(), "must be a refcount table");
-        check(56, &u32::MAX.to_be_bytes(), "must not exceed 8 MiB");
-        check(60, &65537u32.to_be_bytes(), "nb_snapshots");
-        check(60, &1u32.to_be_bytes(), "snapshots_offset");
+        check(20, &22u32.to_be_bytes(), "cluster_bits (bytes 20-23) is 0x16");
+        check(24, &(1u64 << 31).to_be_bytes(), "l1_size (bytes 36-39) is 0x2");
+        check(24, &u64::MAX.to_be_bytes(), "size (bytes 24-31) is 0xffffffffffffffff");
+        check(32, &1u32.to_be_bytes(), "crypt_method 1, AES");
+        check(32, &2u32.to_be_bytes(), "crypt_method 2, LUKS");
+        check(32, &3u32.to_be_bytes(), "crypt_method (bytes 32-35) is 0x3");
+        check(36, &1u32.to_be_bytes(), "l1_size (bytes 36-39) is 0x1");
+        check(36, &0x40_0001u32.to_be_bytes(), "l1_size (bytes 36-39) is 0x400001");
+        check(40, &0x30001u64.to_be_bytes(), "l1_table_offset (bytes 40-47) is 0x30001");
+        check(40, &0u64.to_be_bytes(), "l1_table_offset (bytes 40-47) is 0x0");
+        check(40, &0xffff_ffff_ffff_0000u64.to_be_bytes(), "l1_table_offset (bytes 40-47)");
+        check(48, &0x10200u64.to_be_bytes(), "refcount_table_offset (bytes 48-55) is 0x10200");
+        check(48, &0u64.to_be_bytes(), "refcount_table_offset (bytes 48-55) is 0x0");
+        check(56, &0u32.to_be_bytes(), "refcount_table_clusters (bytes 56-59) is 0x0");
+        check(56, &u32::MAX.to_be_bytes(), "refcount_table_clusters (bytes 56-59) is 0xffffffff");
+        check(60, &65537u32.to_be_bytes(), "nb_snapshots (bytes 60-63) is 0x10001");
+        check(60, &1u32.to_be_bytes(), "snapshots_offset (bytes 64-71) is 0x0");
         check(72, &(1u64 << 63 | 1 << 5).to_be_bytes(), "incompatible bit 5, incompatible bit 63");
-        check(72, &8u64.to_be_bytes(), "compression_type");
-        check(88, &1u64.to_be_bytes(), "no bitmaps extension");
-        check(88, &2u64.to_be_bytes(), "raw external data");
-        check(96, &7u32.to_be_bytes(), "refcount_order (bytes 96-99)");
-        check(100, &96u32.to_be_bytes(), "at least 104");
-        check(100, &108u32.to_be_bytes(), "multiple of 8");
-        check(100, &0x10008u32.to_be_bytes(), "first cluster");
-        check(104, &[1], "compression_type");
+        check(72, &8u64.to_be_bytes(), "compression_type (bytes 104) is 0x0");
+        check(88, &1u64.to_be_bytes(), "autoclear_features (bytes 88-95) is 0x1");
+        check(88, &2u64.to_be_bytes(), "autoclear_features (bytes 88-95) is 0x2");
+        check(96, &7u32.to_be_bytes(), "refcount_order (bytes 96-99) is 0x7");
+        check(100, &96u32.to_be_bytes(), "header_length (bytes 100-103) is 0x60");
+        check(100, &108u32.to_be_bytes(), "header_length (bytes 100-103) is 0x6c");
+        check(100, &0x10008u32.to_be_bytes(), "header_length (bytes 100-103) is 0x10008");
+        check(104, &[1], "compression_type (bytes 104) is 0x1");
+        // Extended L2 entries with small clusters, snapshots with a data file: two fields say it.
+        let mut h = v3();
+        put(&mut h, 20, &13u32.to_be_bytes());
+        h[79] = 0x10;
+        put(&mut h, 36, &1000u32.to_be_bytes());
+        assert!(parse(&h).unwrap_err().to_string().contains("cluster_bits (bytes 20-23) is 0xd"));
+        let mut h = v3();
+        h[79] = 4;
+        h[63] = 1;
+        put(&mut h, 64, &0x50000u64.to_be_bytes());
+        assert!(parse(&h).unwrap_err().to_string().contains("nb_snapshots (bytes 60-63) is 0x1"));
+        let cut = prefix_len(&v3()[..22]).unwrap_err().to_string();
+        assert!(cut.contains("header is cut off: needs 24 bytes, has 22"), "{cut}");
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_extension_is_named() {
+        let mut bitmaps = [0u8; 24];
+        bitmaps[3] = 1;
+        bitmaps[15] = 32;
+        bitmaps[21] = 5;
+        let with = |at: usize, bytes: &[u8]| {
+            let mut b = bitmaps;
+            b[at..at + bytes.len()].copy_from_slice(bytes);
+            b.to_vec()
+        };
+        let check = |extensions: &[(u32, &[u8])], want: &str| {
+            let mut h = v3();
+            h[95] = 1;
+            extend(&mut h, extensions);
+            let e = parse(&h).unwrap_err().to_string();
+            assert!(e.contains(want), "{e:?} does not contain {want:?}");
+        };
+        let bad = |at: usize, bytes: &[u8], want: &str| check(&[(EXT_BITMAPS, &with(at, bytes))], want);
+        bad(0, &[0; 4], "bitmaps extension: nb_bitmaps (bytes 0-3) is 0x0");
+        bad(0, &[0xff; 4], "bitmaps extension: nb_bitmaps (bytes 0-3) is 0xffffffff");
+        bad(4, &[1], "bitmaps extension: reserved (bytes 4-7) is 0x1000000");
+        bad(8, &[0; 8], "bitmaps extension: bitmap_directory_size (bytes 8-15) is 0x0");
+        bad(8, &[1; 8], "bitmaps extension: bitmap_directory_size (bytes 8-15)");
+        bad(16, &[0; 8], "bitmaps extension: bitmap_directory_offset (bytes 16-23) is 0x0");
+        bad(23, &[1], "bitmaps extension: bitmap_directory_offset (bytes 16-23) is 0x50001");
+        check(&[(EXT_BITMAPS, &bitmaps[..20])], "0x23852875 (bitmaps) at byte 112: 20 bytes, must be 24");
+        check(
+            &[(EXT_BITMAPS, &[&bitmaps[..], &[0; 8]].concat())],
+            "header extension 0x23852875 (bitmaps) at byte 112",
+        );
+        check(&[(EXT_CRYPTO, &[0; 12])], "encryption header pointer is cut off: needs 16 bytes, has 12");
+        check(&[(77, b"x"), (EXT_BACKING_FORMAT, &[b'x'; 16])], "0xe2792aca (backing format) at byte 128");
+        check(&[(EXT_DATA_FILE, &[b'x'; 1024])], "0x44415441 (data file name) at byte 112");
+        check(&[(EXT_DATA_FILE, b"x"), (EXT_DATA_FILE, b"y")], "0x44415441 (duplicate) at byte 128");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Decompressing one cluster. Pure, except for the time it takes: call it on the thread pool.
 
 use super::FormatError;
-pub(super) use super::header::Compression;
+use super::header::Compression;
 
 /// Decompresses a cluster of `size` bytes. `input` may go on behind it (sectors are shared), but must not end before.
 ///

@@ -15,6 +15,7 @@
 use super::FormatError;
 use super::commit::DirtyFlag;
 use super::entry::{Geometry, L2Entry, Subcluster};
+use super::header::MAX_L1_BYTES;
 use crate::block::wait::{co_wait_until, lock};
 use crate::co::CoQueue;
 use std::collections::HashSet;
@@ -26,9 +27,6 @@ const SLICE_BYTES: u64 = 4096;
 
 /// L1 entries per chunk (ours).
 const L1_CHUNK: u64 = 1024;
-
-/// Largest L1 table in bytes (QEMU's).
-pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 
 /// Fewest slices of a cache (ours: so that requests on many threads always find a clean one).
 const MIN_SLICES: u64 = 64;

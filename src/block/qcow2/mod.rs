@@ -5,7 +5,7 @@
 //!   l2.rs        the mapping in memory, lock-free       epoch.rs   who may still use what was unlinked
 //!   claims.rs    who may change which guest clusters    alloc.rs, refcounts.rs   host clusters, quarantine
 //!   commit.rs    what becomes durable in which order    compressed.rs, inflate.rs   compressed clusters
-//!   entry.rs, fields.rs, error.rs, header.rs, snapshot.rs, bitmap.rs   what the bytes mean (pure)
+//!   entry.rs, error.rs, header.rs, snapshot.rs, bitmap.rs   what the bytes mean (pure)
 //!   bitmaps.rs   persistent dirty bitmaps       create.rs   new images
 //!   check.rs     what is wrong with an image that nobody uses, and repair
 //! ```
@@ -28,7 +28,6 @@ pub mod create;
 pub mod entry;
 mod epoch;
 mod error;
-mod fields;
 mod grow;
 pub mod header;
 mod inflate;
@@ -46,9 +45,9 @@ pub use bitmaps::Bitmaps;
 #[doc(hidden)]
 pub use commit::Sabotage;
 pub use error::FormatError;
-pub use fields::SnapshotSel;
 pub use node::Qcow2Node;
 pub use options::{Qcow2Error, Qcow2OpenOptions, WriteHook};
+pub use snapshot::SnapshotSel;
 
 /// Byte offset in the virtual disk, as the client sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

@@ -6,19 +6,21 @@
 //! The std mutexes (slice, dirty lists, pending, arenas) are inside of all of them and never held across a yield.
 
 use super::alloc::{Alloc, Pending, Run};
+use super::check::{CheckError, co_read_snapshots};
 use super::claims::Claims;
 use super::commit::Commits;
 use super::compressed::CompressedCache;
 use super::entry::{Geometry, L2Entry};
 use super::epoch::Epochs;
-use super::fields::{Fields, Snapshots};
-use super::inflate::Compression;
-use super::l2::{Kind, MAX_L1_BYTES, Mapper};
-use super::refcounts::{MAX_REFTABLE_BYTES, Refcounts, Surroundings};
-use super::{FormatError, Qcow2Error, Qcow2OpenOptions, WriteHook};
+use super::header::{Compression, Header, Incompatible, Purpose};
+use super::l2::{Kind, Mapper};
+use super::refcounts::{Refcounts, Surroundings};
+use super::snapshot::Snapshot;
+use super::{FormatError, GuestOffset, Qcow2Error, Qcow2OpenOptions, WriteHook};
 use crate::block::shard::Sharded;
 use crate::block::{
-    BlockNode, DepthExtent, DirtyBitmap, DiscardMode, Error, Extent, Lent, Limits, Result, WriteFlags, iov,
+    BlockNode, DepthExtent, DirtyBitmap, DiscardMode, Error, Extent, Lent, Limits, Result, WriteFlags,
+    co_read_header, iov,
 };
 use crate::co::CoMutex;
 use std::collections::{BTreeSet, HashSet};
@@ -29,9 +31,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// L2 cache when nothing is asked for: all of the disk, up to this many bytes (ours; 2 TiB at the default geometry).
 const DEFAULT_L2_CACHE: u64 = 256 << 20;
-
-/// Snapshot tables that are read, in bytes (QEMU's).
-const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
 
 /// Why an image is not written any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,7 +82,7 @@ pub struct Qcow2Node {
     /// A cluster that two tables were found to lie in when the image was opened.
     overlap: OnceLock<u64>,
     metadata: RwLock<HashSet<u64>>,
-    pub(super) header: Mutex<Fields>,
+    pub(super) header: Mutex<Header>,
     hooks: OnceLock<Vec<Arc<dyn WriteHook>>>,
     /// The header says that the image is being changed.
     ready: AtomicBool,
@@ -104,20 +103,11 @@ impl Qcow2Node {
         let name = image.clone();
         let format = |e: FormatError| Qcow2Error::Format { image: image.clone(), source: e };
         let io = |e: Error| Qcow2Error::Io { image: image.clone(), source: e };
-        let field = |field: &'static str, bytes: &'static str, value: u64, rule: &'static str| {
-            format(FormatError::Field { structure: "header".to_owned(), field, bytes, value, rule })
-        };
 
-        let header = co_read_fields(&*file).map_err(io)?.map_err(format)?;
+        let header = co_read_header(&*file, Purpose::Use).map_err(io)?.map_err(format)?;
         let writable = !options.read_only && options.snapshot.is_none();
         if writable && file.read_only() {
             return Err(Qcow2Error::FileReadOnly { image });
-        }
-        if header.crypt_method != 0 {
-            return Err(format(FormatError::Unsupported {
-                what: "encryption (header field crypt_method, bytes 32-35)",
-                hint: "decrypt the image with qemu-img convert first",
-            }));
         }
         if writable && header.is_corrupt() {
             return Err(Qcow2Error::Corrupt { image });
@@ -137,34 +127,38 @@ impl Qcow2Node {
             (header.size, header.l1_table_offset, u64::from(header.l1_size));
         let mut snapshots = None;
         if header.nb_snapshots > 0 && (writable || options.snapshot.is_some()) {
-            snapshots = Some(co_read_snapshots(&*file, &header).map_err(io)?.map_err(format)?);
+            snapshots = Some(co_read_snapshots(&*file, &header).map_err(|e| match e {
+                CheckError::Io(e) => io(e),
+                CheckError::Format(e) => format(e),
+                // A check's own: reading the table has no such errors.
+                CheckError::TooBig | CheckError::Repair(_) => format(FormatError::NotQcow2),
+            })?);
         }
+        let mut l1_place = ("header".to_owned(), "l1_table_offset", "40-47");
         if let Some(which) = &options.snapshot {
-            let found = snapshots.as_ref().and_then(|t| t.find(which));
-            let Some(s) = found else {
+            let found = snapshots.as_ref().and_then(|(all, _)| which.find(all).map(|i| (i, &all[i])));
+            let Some((index, s)) = found else {
                 return Err(Qcow2Error::NoSnapshot { image, wanted: which.to_string() });
             };
             l1_offset = s.l1_table_offset;
             l1_len = u64::from(s.l1_size);
             len = s.disk_size.unwrap_or(len);
-        }
-        let what = if options.snapshot.is_some() { "snapshot l1_size" } else { "l1_size" };
-        if l1_len * 8 > MAX_L1_BYTES {
-            return Err(field(what, "36-39", l1_len, "an L1 table may have 32 MiB at most"));
-        }
-        if l1_len < g.l1_entries_for(len) {
-            return Err(field(what, "36-39", l1_len, "the L1 table is too small for the disk's size"));
-        }
-        if !g.aligned(l1_offset) {
-            return Err(field("l1_table_offset", "40-47", l1_offset, "must be aligned to a cluster"));
+            let structure = format!("snapshot table entry {index}");
+            if l1_len < g.l1_entries_for(len) {
+                return Err(format(FormatError::Field {
+                    structure,
+                    field: "L1 table size",
+                    bytes: "8-11",
+                    value: l1_len,
+                    rule: "the L1 table is too small for the disk's size",
+                }));
+            }
+            l1_place = (structure, "L1 table offset", "0-7");
         }
         if l1_len > 0 && l1_offset.checked_add(l1_len * 8).is_none_or(|e| e > file.len()) {
-            return Err(field(
-                "l1_table_offset",
-                "40-47",
-                l1_offset,
-                "the L1 table reaches past the end of the file",
-            ));
+            let (structure, field, bytes) = l1_place;
+            let rule = "the L1 table reaches past the end of the file";
+            return Err(format(FormatError::Field { structure, field, bytes, value: l1_offset, rule }));
         }
         let cache = options.l2_cache_bytes.unwrap_or_else(|| default_l2_cache(g, len));
         let map = Mapper::new(g, l1_len, cache);
@@ -174,33 +168,17 @@ impl Qcow2Node {
         if writable {
             reftable_offset = header.refcount_table_offset;
             let bytes = u64::from(header.refcount_table_clusters) << g.cluster_bits;
-            if bytes == 0 || bytes > MAX_REFTABLE_BYTES.max(g.cluster_size()) {
-                let value = u64::from(header.refcount_table_clusters);
-                return Err(field(
-                    "refcount_table_clusters",
-                    "56-59",
-                    value,
-                    "must be 1 cluster at least, and 8 MiB at most",
-                ));
-            }
-            if reftable_offset == 0 || !g.aligned(reftable_offset) {
-                return Err(field(
-                    "refcount_table_offset",
-                    "48-55",
-                    reftable_offset,
-                    "must be aligned to a cluster, and not 0",
-                ));
-            }
             if reftable_offset
                 .checked_add(bytes)
                 .is_none_or(|e| e.saturating_sub(g.cluster_size()) >= file.len())
             {
-                return Err(field(
-                    "refcount_table_offset",
-                    "48-55",
-                    reftable_offset,
-                    "the refcount table reaches past the end of the file",
-                ));
+                return Err(format(FormatError::Field {
+                    structure: "header".to_owned(),
+                    field: "refcount_table_offset",
+                    bytes: "48-55",
+                    value: reftable_offset,
+                    rule: "the refcount table reaches past the end of the file",
+                }));
             }
             reftable = co_read_words(&*file, reftable_offset, bytes / 8).map_err(io)?;
         }
@@ -210,7 +188,7 @@ impl Qcow2Node {
         let node = Arc::new(Qcow2Node {
             name,
             data_file: options.data_file,
-            data_file_raw: header.is_data_file_raw(),
+            data_file_raw: header.raw_data(),
             backing: options.backing,
             g,
             compression: header.compression,
@@ -342,8 +320,8 @@ impl Qcow2Node {
             header.autoclear_to_keep(!self.hooks().is_empty())
         };
         if let Some(keep) = keep {
-            self.co_write_header_field(88, &keep.to_be_bytes())?;
-            self.header.lock().unwrap_or_else(PoisonError::into_inner).autoclear_features = keep;
+            self.co_write_header_field(88, &keep.bits().to_be_bytes())?;
+            self.header.lock().unwrap_or_else(PoisonError::into_inner).autoclear = keep;
         }
         for hook in self.hooks() {
             hook.co_before_first_change(self)?;
@@ -426,14 +404,27 @@ impl Qcow2Node {
         if !self.g.v2 {
             let bits = {
                 let mut header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
-                header.set_corrupt();
-                header.incompatible_features
+                header.incompatible |= Incompatible::CORRUPT;
+                header.incompatible.bits()
             };
             if let Err(e) = self.co_write_header_field(72, &bits.to_be_bytes()) {
                 tracing::error!(node = %self.name, errno = e.errno(), "the image could not be marked as damaged");
             }
         }
         error
+    }
+
+    /// An entry that maps a guest offset breaks the format's rules: says where it stands in the file. Yields.
+    pub(super) fn co_bad_entry(&self, e: &FormatError, guest: u64) -> Error {
+        let g = self.g;
+        let index = g.l1_index(GuestOffset(guest));
+        let at = match (e, g.l1_entry(self.map.l1_raw(index))) {
+            (FormatError::Entry { table, .. }, Ok(Some((l2, _)))) if *table != "L1" => {
+                l2.0 + g.l2_index(GuestOffset(guest)) * g.l2_entry_size()
+            }
+            _ => self.l1_offset.load(Ordering::SeqCst) + index * 8,
+        };
+        self.co_mark_corrupt(&format!("{e} (at byte {at:#x} of the file)"), guest)
     }
 
     /// Looks at the entries of a slice that was just read: a writable image must not point into its own metadata or past
@@ -474,7 +465,7 @@ impl Qcow2Node {
     // ---------------------------------------------------------------------------------------------- metadata
 
     /// Notes where metadata is.
-    fn co_learn_metadata(&self, snapshots: Option<&Snapshots>) {
+    fn co_learn_metadata(&self, snapshots: Option<&(Vec<Snapshot>, u64)>) {
         let g = self.g;
         let mut set = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
         let mut add = |offset: u64, bytes: u64| {
@@ -495,9 +486,9 @@ impl Qcow2Node {
         {
             let header = self.header.lock().unwrap_or_else(PoisonError::into_inner);
             add(header.refcount_table_offset, u64::from(header.refcount_table_clusters) << g.cluster_bits);
-            if let Some(t) = snapshots {
-                add(header.snapshots_offset, t.byte_len);
-                for s in &t.entries {
+            if let Some((all, byte_len)) = snapshots {
+                add(header.snapshots_offset, *byte_len);
+                for s in all {
                     add(s.l1_table_offset, u64::from(s.l1_size) * 8);
                 }
             }
@@ -744,13 +735,6 @@ fn default_l2_cache(g: Geometry, len: u64) -> u64 {
     DEFAULT_L2_CACHE.min(g.l1_entries_for(len).saturating_mul(g.cluster_size()))
 }
 
-/// Reads the first sector and decodes it.
-fn co_read_fields(file: &dyn BlockNode) -> Result<std::result::Result<Fields, FormatError>> {
-    let mut bytes = vec![0; file.len().min(512) as usize];
-    super::io::co_read(file, 0, &mut [IoSliceMut::new(&mut bytes)])?;
-    Ok(Fields::parse(&bytes))
-}
-
 /// Reads a table of 64-bit words.
 fn co_read_words(file: &dyn BlockNode, offset: u64, count: u64) -> Result<Vec<u64>> {
     let mut bytes = vec![0; count as usize * 8];
@@ -771,15 +755,4 @@ fn co_read_l1(file: &dyn BlockNode, offset: u64, len: u64, map: &Mapper) -> Resu
         at += n;
     }
     Ok(())
-}
-
-/// Reads the snapshot table.
-fn co_read_snapshots(
-    file: &dyn BlockNode,
-    header: &Fields,
-) -> Result<std::result::Result<Snapshots, FormatError>> {
-    let room = file.len().saturating_sub(header.snapshots_offset).min(MAX_SNAPSHOT_TABLE);
-    let mut bytes = vec![0; room as usize];
-    super::io::co_read(file, header.snapshots_offset, &mut [IoSliceMut::new(&mut bytes)])?;
-    Ok(Snapshots::parse(&bytes, header.nb_snapshots))
 }

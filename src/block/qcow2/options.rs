@@ -1,8 +1,8 @@
 //! How an image is opened, why it may not be, and who is told about its changes.
 
 use super::FormatError;
-use super::fields::SnapshotSel;
 use super::node::Qcow2Node;
+use super::snapshot::SnapshotSel;
 use crate::block::{BlockNode, DirtyBitmap, DiscardMode, Error, Result};
 use std::sync::Arc;
 

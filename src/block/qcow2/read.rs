@@ -44,7 +44,7 @@ impl Qcow2Node {
             match self.map.map(offset, len) {
                 Look::Found(m) => return Ok(m),
                 Look::Miss => self.co_load(offset >> self.g.cluster_bits)?,
-                Look::Bad(e) => return Err(self.co_mark_corrupt(&e.to_string(), offset)),
+                Look::Bad(e) => return Err(self.co_bad_entry(&e, offset)),
                 Look::NoTable => return Ok(Mapping { kind: Kind::Unallocated, len }),
             }
         }
@@ -62,7 +62,7 @@ impl Qcow2Node {
             }
         }
         let guest = cluster << self.g.cluster_bits;
-        let host = loading.host().map_err(|e| self.co_mark_corrupt(&e.to_string(), guest))?;
+        let host = loading.host().map_err(|e| self.co_bad_entry(&e, guest))?;
         let Some(host) = host else { return Ok(()) };
         if host >= self.file.len() {
             return Err(self.co_mark_corrupt("an L2 table is past the end of the file", host));

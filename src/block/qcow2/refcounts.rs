@@ -14,14 +14,12 @@
 
 use super::FormatError;
 use super::entry::Geometry;
+use super::header::MAX_REFTABLE_BYTES;
 use crate::block::{BlockNode, Error, Result, WriteFlags};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Largest refcount table in bytes (QEMU's).
-pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 
 /// Bytes of refcount blocks that are kept, dirty ones aside (ours: counts of 256 GiB at the default geometry).
 const CACHE_BYTES: usize = 8 << 20;
@@ -122,7 +120,7 @@ impl Refcounts {
     }
 
     fn bad(&self, e: &FormatError, around: &dyn Surroundings, offset: u64) -> Error {
-        around.co_corrupt(&e.to_string(), offset)
+        around.co_corrupt(&format!("{e} (at byte {offset:#x} of the file)"), offset)
     }
 
     /// Loads the block with the number; `None` when there is none.

@@ -134,11 +134,39 @@ impl Snapshot {
     }
 }
 
-/// The snapshot that `wanted` names: by ID first, then by name, as `qemu-nbd -l` looks one up.
-#[must_use]
-pub fn find<'a>(snapshots: &'a [Snapshot], wanted: &str) -> Option<&'a Snapshot> {
-    let wanted = wanted.as_bytes();
-    snapshots.iter().find(|s| s.id == wanted).or_else(|| snapshots.iter().find(|s| s.name == wanted))
+/// Which internal snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotSel {
+    /// By its id.
+    Id(String),
+    /// By its name.
+    Name(String),
+    /// By its id, or else by its name, as `qemu-nbd -l` looks one up.
+    IdOrName(String),
+}
+
+impl SnapshotSel {
+    /// Index of the snapshot that is meant.
+    #[must_use]
+    pub fn find(&self, snapshots: &[Snapshot]) -> Option<usize> {
+        let by_id = |s: &str| snapshots.iter().position(|e| e.id == s.as_bytes());
+        let by_name = |s: &str| snapshots.iter().position(|e| e.name == s.as_bytes());
+        match self {
+            SnapshotSel::Id(s) => by_id(s),
+            SnapshotSel::Name(s) => by_name(s),
+            SnapshotSel::IdOrName(s) => by_id(s).or_else(|| by_name(s)),
+        }
+    }
+}
+
+impl std::fmt::Display for SnapshotSel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SnapshotSel::Id(s) => write!(f, "with id {s:?}"),
+            SnapshotSel::Name(s) => write!(f, "with name {s:?}"),
+            SnapshotSel::IdOrName(s) => write!(f, "with id or name {s:?}"),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -201,12 +229,13 @@ mod tests {
             let e = Snapshot::parse(&b, 4, 16).unwrap_err().to_string();
             assert!(e.contains("snapshot table entry 4") && e.contains(want), "{e}");
         };
-        check(36, &1025u32.to_be_bytes(), "extra data size");
+        check(36, &1025u32.to_be_bytes(), "extra data size (bytes 36-39) is 0x401");
         check(12, &60000u16.to_be_bytes(), "cut off");
-        check(8, &0x40_0001u32.to_be_bytes(), "32 MiB");
-        check(0, &0x50001u64.to_be_bytes(), "L1 table offset");
-        check(0, &0u64.to_be_bytes(), "L1 table offset");
-        check(0, &0xffff_ffff_ffff_0000u64.to_be_bytes(), "L1 table offset");
+        check(14, &60000u16.to_be_bytes(), "cut off");
+        check(8, &0x40_0001u32.to_be_bytes(), "L1 table size (bytes 8-11) is 0x400001");
+        check(0, &0x50001u64.to_be_bytes(), "L1 table offset (bytes 0-7) is 0x50001");
+        check(0, &0u64.to_be_bytes(), "L1 table offset (bytes 0-7) is 0x0");
+        check(0, &0xffff_ffff_ffff_0000u64.to_be_bytes(), "L1 table offset (bytes 0-7)");
     }
 
     #[test]
@@ -214,9 +243,11 @@ mod tests {
         let a = Snapshot { id: b"1".to_vec(), name: b"2".to_vec(), ..sample() };
         let b = Snapshot { id: b"2".to_vec(), name: b"x".to_vec(), ..sample() };
         let all = [a, b];
-        assert_eq!(find(&all, "2").unwrap().name, b"x");
-        assert_eq!(find(&all, "x").unwrap().id, b"2");
-        assert!(find(&all, "y").is_none());
+        assert_eq!(SnapshotSel::IdOrName("2".into()).find(&all), Some(1));
+        assert_eq!(SnapshotSel::IdOrName("x".into()).find(&all), Some(1));
+        assert_eq!(SnapshotSel::IdOrName("y".into()).find(&all), None);
+        assert_eq!(SnapshotSel::Name("2".into()).find(&all), Some(0));
+        assert_eq!(SnapshotSel::Id("x".into()).find(&all), None);
     }
 
     proptest! {

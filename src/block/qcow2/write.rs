@@ -159,7 +159,7 @@ impl Qcow2Node {
         let g = self.g;
         let index = cluster >> g.l2_bits();
         let look = || g.l1_entry(self.map.l1_raw(index));
-        let bad = |e: super::FormatError| self.co_mark_corrupt(&e.to_string(), cluster << g.cluster_bits);
+        let bad = |e: super::FormatError| self.co_bad_entry(&e, cluster << g.cluster_bits);
         if let Some((_, true)) = look().map_err(bad)? {
             return Ok(());
         }
@@ -215,7 +215,7 @@ impl Qcow2Node {
                     let mut olds = Vec::with_capacity(raws.len());
                     for (i, (raw, bitmap)) in raws.into_iter().enumerate() {
                         let guest = (first + i as u64) << g.cluster_bits;
-                        let corrupt = |e: super::FormatError| self.co_mark_corrupt(&e.to_string(), guest);
+                        let corrupt = |e: super::FormatError| self.co_bad_entry(&e, guest);
                         let entry = g.l2_entry(raw).map_err(corrupt)?;
                         let subs = if ext {
                             g.subclusters(entry, bitmap).map_err(corrupt)?
@@ -227,7 +227,7 @@ impl Qcow2Node {
                     return Ok(olds);
                 }
                 Look::Miss => self.co_load(first)?,
-                Look::Bad(e) => return Err(self.co_mark_corrupt(&e.to_string(), first << g.cluster_bits)),
+                Look::Bad(e) => return Err(self.co_bad_entry(&e, first << g.cluster_bits)),
                 Look::NoTable => unreachable!("the table was made, and tables are never taken away"),
             }
         }
