@@ -86,9 +86,17 @@ fn weakened(at: &Location<'_>) -> bool {
     weak
 }
 
+/// The ordering for loom. Loom knows sequential consistency of fences only: an access that is so gets a fence before it and
+/// acquires and releases, as it is compiled for Power.
 #[track_caller]
 fn order(wanted: Ordering) -> Ordering {
-    if weakened(Location::caller()) { Ordering::Relaxed } else { wanted }
+    if weakened(Location::caller()) {
+        return Ordering::Relaxed;
+    }
+    if wanted == Ordering::SeqCst {
+        loom::sync::atomic::fence(Ordering::SeqCst);
+    }
+    wanted
 }
 
 /// A fence, unless sabotaged.

@@ -1,4 +1,5 @@
-//! Epochs: when every request that may have looked a cluster up before it was unlinked has ended.
+//! Epochs: when every request that may have looked a cluster up before it was unlinked has ended. A kernel: modelled in
+//! `tests/loom`.
 //!
 //! A request takes a *ticket* before it looks anything up and gives it back after its last I/O to what it found. A
 //! cluster that was unlinked may be used again once all tickets that are older than the unlinking are back: a late
@@ -17,27 +18,27 @@
 //! Tickets are counted per thread: requests on different threads write no common cache line. Nobody waits here.
 
 use crate::block::shard::{self, Sharded};
+use crate::util::sync::{AtomicU64, Ordering};
 use crossbeam_utils::CachePadded;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// See the module's text. Any thread.
-pub(super) struct Epochs {
+pub(crate) struct Epochs {
     epoch: CachePadded<AtomicU64>,
     slots: Sharded<[AtomicU64; 2]>,
 }
 
 /// A request that may hold on to what it looked up, until this is dropped. Any thread may drop it.
-pub(super) struct Ticket<'a> {
+pub(crate) struct Ticket<'a> {
     count: &'a AtomicU64,
 }
 
 impl Epochs {
-    pub(super) fn new() -> Epochs {
+    pub(crate) fn new() -> Epochs {
         Epochs { epoch: CachePadded::new(AtomicU64::new(2)), slots: Sharded::new() }
     }
 
     /// Takes a ticket. Never yields.
-    pub(super) fn ticket(&self) -> Ticket<'_> {
+    pub(crate) fn ticket(&self) -> Ticket<'_> {
         let slot = self.slots.get(shard::index());
         loop {
             let e = self.epoch.load(Ordering::SeqCst);
@@ -51,17 +52,17 @@ impl Epochs {
     }
 
     /// The epoch now: what is unlinked already is free at [`Epochs::is_over`] of this.
-    pub(super) fn now(&self) -> u64 {
+    pub(crate) fn now(&self) -> u64 {
         self.epoch.load(Ordering::SeqCst)
     }
 
     /// Whether all tickets are back that were taken when the epoch was `then`, or before.
-    pub(super) fn is_over(&self, then: u64) -> bool {
+    pub(crate) fn is_over(&self, then: u64) -> bool {
         self.now() >= then + 2
     }
 
     /// Goes as far as the tickets allow, at most two epochs. One caller at a time.
-    pub(super) fn advance(&self) {
+    pub(crate) fn advance(&self) {
         for _ in 0..2 {
             let e = self.epoch.load(Ordering::SeqCst);
             let old = ((e + 1) & 1) as usize;
@@ -77,62 +78,5 @@ impl Drop for Ticket<'_> {
     fn drop(&mut self) {
         let before = self.count.fetch_sub(1, Ordering::SeqCst);
         debug_assert!(before > 0, "a ticket is given back once");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_ticket_holds_the_epoch_it_was_taken_in() {
-        let e = Epochs::new();
-        let t = e.ticket();
-        let then = e.now();
-        for _ in 0..10 {
-            e.advance();
-        }
-        assert!(!e.is_over(then));
-        assert!(e.now() <= then + 1);
-        drop(t);
-        e.advance();
-        assert!(e.is_over(then));
-    }
-
-    #[test]
-    fn later_tickets_do_not_hold_earlier_epochs() {
-        let e = Epochs::new();
-        let then = e.now();
-        e.advance();
-        let t = e.ticket();
-        assert!(e.is_over(then) || e.now() > then);
-        let later = e.now();
-        e.advance();
-        e.advance();
-        assert!(e.is_over(then));
-        assert!(!e.is_over(later));
-        drop(t);
-        e.advance();
-        assert!(e.is_over(later));
-    }
-
-    #[test]
-    fn threads_take_and_give_back_while_it_advances() {
-        let e = Epochs::new();
-        std::thread::scope(|s| {
-            for _ in 0..4 {
-                s.spawn(|| {
-                    for _ in 0..20_000 {
-                        drop(e.ticket());
-                    }
-                });
-            }
-            for _ in 0..20_000 {
-                e.advance();
-            }
-        });
-        let then = e.now();
-        e.advance();
-        assert!(e.is_over(then));
     }
 }

@@ -1,11 +1,11 @@
 //! The mapping in memory: the L1 table, and a cache of slices of L2 tables.
 //!
 //! ```text
-//!   guest cluster ─► L1 slot { entry, slices ─► [slot; slices of a table] } ─► slab[n] = Slice { version, tag, entries }
+//!   guest cluster ─► L1 slot { entry, slices ─► [slot; slices of a table] } ─► slab[n] = Slice { seq, entries }
 //! ```
 //! A lookup is these loads, no lock, no shared cache line written: see [`Mapper::read`]. A slice is a part of an L2
 //! table, 4 KiB or the whole table if that is smaller. Slices are never freed but given another content (*retagged*), so
-//! a reader may look at one that is being retagged; it checks `version` (odd while it changes) and `tag` around its
+//! a reader may look at one that is being retagged; it checks version and tag (`seq`) around its
 //! loads and looks again. All fields are atomics, so nothing worse than looking again happens.
 //!
 //! Who changes entries holds the slice's lock, and a claim on the guest clusters (`claims`). A dirty slice (changed
@@ -16,10 +16,11 @@ use super::FormatError;
 use super::commit::DirtyFlag;
 use super::entry::{Geometry, L2Entry, Subcluster};
 use super::header::MAX_L1_BYTES;
+use super::seq::Seq;
 use crate::block::wait::{co_wait_until, lock};
 use crate::co::CoQueue;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 /// Bytes of a slice, unless the table is smaller (ours).
@@ -89,10 +90,9 @@ struct L1Slot {
 
 /// A part of an L2 table.
 pub(super) struct Slice {
-    /// Odd while entries or tag change in a way that a reader must not see half of.
-    version: AtomicU64,
-    /// Number of the guest slice that this holds.
-    tag: AtomicU64,
+    /// Its tag is the number of the guest slice that this holds. Open while words or tag change in a way that a reader must
+    /// not see half of.
+    seq: Seq,
     /// Clock bit: used since the hand passed. Stored only when clear.
     referenced: AtomicBool,
     state: Mutex<SliceState>,
@@ -291,18 +291,11 @@ impl Mapper {
                 return Look::Miss;
             }
             let slice = self.slice(index - 1);
-            // Pairs with the Release store that ends a change.
-            let version = slice.version.load(Ordering::Acquire);
-            if version & 1 == 0 && slice.tag.load(Ordering::Acquire) == number {
-                let value = f(&slice.words, at);
-                // The loads above come before this one: if no change has begun by now, they saw no part of one.
-                fence(Ordering::Acquire);
-                if slice.version.load(Ordering::Relaxed) == version {
-                    if !slice.referenced.load(Ordering::Relaxed) {
-                        slice.referenced.store(true, Ordering::Relaxed);
-                    }
-                    return Look::Found(value);
+            if let Some(value) = slice.seq.read(number, || f(&slice.words, at)) {
+                if !slice.referenced.load(Ordering::Relaxed) {
+                    slice.referenced.store(true, Ordering::Relaxed);
                 }
+                return Look::Found(value);
             }
             spins += 1;
             if spins < SPINS {
@@ -311,7 +304,7 @@ impl Mapper {
             }
             // The changer was preempted, perhaps.
             let held = lock(&slice.state);
-            if slice.tag.load(Ordering::Acquire) == number && !held.busy {
+            if slice.seq.tag() == number && !held.busy {
                 return Look::Found(f(&slice.words, at));
             }
         }
@@ -469,8 +462,7 @@ impl Mapper {
             let index = clock.made;
             let words = self.slice_bytes() / 8;
             let slice = Slice {
-                version: AtomicU64::new(1),
-                tag: AtomicU64::new(NO_SLICE),
+                seq: Seq::new(NO_SLICE),
                 referenced: AtomicBool::new(false),
                 state: Mutex::new(SliceState { busy: true, ..SliceState::default() }),
                 words: (0..words).map(|_| AtomicU64::new(0)).collect(),
@@ -494,9 +486,9 @@ impl Mapper {
                 continue;
             }
             state.busy = true;
-            self.slot_of(slice.tag.load(Ordering::Acquire)).store(0, Ordering::Release);
-            self.open(slice);
-            slice.tag.store(NO_SLICE, Ordering::Release);
+            self.slot_of(slice.seq.tag()).store(0, Ordering::Release);
+            slice.seq.open();
+            slice.seq.set_tag(NO_SLICE);
             return Some(index as u32);
         }
         None
@@ -507,22 +499,6 @@ impl Mapper {
         let cluster = number << self.slice_bits;
         let l1 = self.l1_slot(self.l1_index_of(cluster)).expect("a cached slice has an L1 slot");
         &l1.slices.get().expect("a cached slice has a slot")[self.slice_in_table(cluster)]
-    }
-
-    /// Begins a change that readers must not see half of.
-    fn open(&self, slice: &Slice) {
-        let before = slice.version.load(Ordering::Relaxed);
-        debug_assert!(before & 1 == 0);
-        slice.version.store(before + 1, Ordering::Relaxed);
-        // The stores that follow come after the one above: a reader that sees one of them sees the odd version.
-        fence(Ordering::Release);
-    }
-
-    fn close(&self, slice: &Slice) {
-        let before = slice.version.load(Ordering::Relaxed);
-        debug_assert!(before & 1 == 1);
-        // Pairs with the Acquire load of `version` in `read`.
-        slice.version.store(before + 1, Ordering::Release);
     }
 
     /// How many slices were read from the file so far.
@@ -541,7 +517,7 @@ impl Mapper {
             let slice = self.slice(index);
             let state = lock(&slice.state);
             // Under the lock nobody retags it.
-            if slice.tag.load(Ordering::Acquire) == number && !state.busy {
+            if slice.seq.tag() == number && !state.busy {
                 let first = number << self.slice_bits;
                 return Some(SliceEdit { mapper: self, index, slice, state, first, opened: false });
             }
@@ -574,7 +550,7 @@ impl Mapper {
                 assert!(!state.writing, "one commit at a time");
                 state.dirty = false;
                 state.writing = true;
-                let number = slice.tag.load(Ordering::Acquire);
+                let number = slice.seq.tag();
                 let raw = self.l1_raw(self.l1_index_of(number << self.slice_bits));
                 let table = self.g.l1_entry(raw).ok().flatten().expect("a changed slice has a table").0.0;
                 let bytes =
@@ -637,8 +613,8 @@ impl Loading<'_> {
             .get_or_init(|| (0..m.g.l2_entries() >> m.slice_bits).map(|_| AtomicU32::new(0)).collect());
         {
             let mut state = lock(&slice.state);
-            slice.tag.store(self.number, Ordering::Release);
-            m.close(slice);
+            slice.seq.set_tag(self.number);
+            slice.seq.close();
             slice.referenced.store(true, Ordering::Relaxed);
             state.busy = false;
             // Under the lock: the clock hand must not take the slice before its slot is set.
@@ -690,7 +666,7 @@ impl SliceEdit<'_> {
             // Both words change together.
             if !self.opened {
                 self.opened = true;
-                self.mapper.open(self.slice);
+                self.slice.seq.open();
             }
             self.slice.words[at + 1].store(bitmap, Ordering::Release);
         }
@@ -701,7 +677,7 @@ impl SliceEdit<'_> {
 impl Drop for SliceEdit<'_> {
     fn drop(&mut self) {
         if self.opened {
-            self.mapper.close(self.slice);
+            self.slice.seq.close();
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   node.rs      open, close, first change, faults      read.rs, write.rs, zero.rs, grow.rs   requests
-//!   l2.rs        the mapping in memory, lock-free       epoch.rs   who may still use what was unlinked
+//!   l2.rs, seq.rs the mapping in memory, lock-free      epoch.rs   who may still use what was unlinked
 //!   claims.rs    who may change which guest clusters    alloc.rs, refcounts.rs   host clusters, quarantine
 //!   commit.rs    what becomes durable in which order    compressed.rs, inflate.rs   compressed clusters
 //!   entry.rs, error.rs, header.rs, snapshot.rs, bitmap.rs   what the bytes mean (pure)
@@ -37,6 +37,7 @@ mod node;
 mod options;
 mod read;
 mod refcounts;
+mod seq;
 pub mod snapshot;
 mod write;
 mod zero;
