@@ -7,8 +7,10 @@ use crate::image::{self, Layout, be16, be64};
 use crate::power::{Crash, Effort, History, Recording, Rng, SECTOR, Verdict, enumerate, seed};
 use crate::world::World;
 use conbd::block::qcow2::check::{CheckReport, Repair, co_check};
+use conbd::block::{BlockNode, WriteFlags};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::IoSlice;
 use std::sync::{Arc, Mutex};
 
 const CLUSTER: u64 = 4096;
@@ -317,4 +319,71 @@ fn repairing_leaks_mends_the_flags_of_what_is_alone_again() {
         assert_eq!(image::check(&d).corruptions, Vec::<String>::new(), "{who}");
         same(&d, &h).unwrap();
     }
+}
+
+/// Writes through the driver into a damaged image, without a repair: whether that went well, and the bytes afterwards.
+fn write_into(d: &[u8], at: u64, len: usize) -> (Result<(), String>, Vec<u8>) {
+    let mut w = World::new(1);
+    let file = w.file("image", d.to_vec());
+    let below = crate::driver::Below::new(&file, None, &[]);
+    let r = w.co(move || {
+        let node = crate::driver::co_open(&below)?;
+        let data = vec![0x99; len];
+        let told = |e: conbd::block::Error| format!("{e}: {}", e.source);
+        let wrote = node.co_pwritev(at, &[IoSlice::new(&data)], WriteFlags::empty()).map_err(told);
+        node.co_close().map_err(told)?;
+        wrote
+    });
+    (r, file.content())
+}
+
+/// Rule T: a flag that says "mine alone" is not believed against the refcount.
+#[test]
+fn a_cluster_or_table_that_counts_two_is_copied_although_its_flag_says_it_is_alone() {
+    let h = healthy();
+    let mut want = h.content.clone();
+    want[100..1100].fill(0x99);
+    let fresh = |d: &mut [u8]| {
+        // The active table is of its own by now: it is made the snapshot's again, as it was in the beginning.
+        let l = Layout::parse(d).unwrap();
+        let shared = be64(d, l.snapshots[0].l1_offset as usize) & OFFSET;
+        let old = be64(d, l.l1_offset as usize) & OFFSET;
+        let table = d[shared as usize..][..CLUSTER as usize].to_vec();
+        put(d, old, &table);
+        (l, shared)
+    };
+    // Of data: cluster 0 of the disk is the snapshot's too.
+    let mut data = h.image.clone();
+    let at = entry_at(&data, 0);
+    let raw = be64(&data, at as usize);
+    assert_eq!(raw & COPIED, 0, "it is shared");
+    put(&mut data, at, &(raw | COPIED).to_be_bytes());
+    let (r, after) = write_into(&data, 100, 1000);
+    r.unwrap();
+    same(&after, &Healthy { content: want, image: Vec::new(), snapshots: h.snapshots.clone() }).unwrap();
+    // Of a table: the active L1 entry points to the snapshot's table, which counts two.
+    let mut table = h.image.clone();
+    let (l, shared) = fresh(&mut table);
+    put(&mut table, l.l1_offset, &(shared | COPIED).to_be_bytes());
+    set_refcount(&mut table, shared / CLUSTER, 2);
+    let (r, after) = write_into(&table, 480 << 10, 1000);
+    r.unwrap();
+    let mut reader = image::Reader::new(Vec::new());
+    let s = Layout::parse(&after).unwrap().snapshots.remove(0);
+    let mut got = vec![0; h.content.len()];
+    reader.read(&Layout::parse(&after).unwrap(), &after, None, (s.l1_offset, s.l1_size), &mut got).unwrap();
+    assert!(got == h.snapshots["s0"], "the snapshot has changed");
+}
+
+/// A cluster in use that counts 0 looks free: it is not given away.
+#[test]
+fn a_cluster_in_use_that_counts_zero_is_not_given_away() {
+    let h = healthy();
+    let mut d = h.image.clone();
+    let c = host_of(&d, 300 << 10);
+    set_refcount(&mut d, c, 0);
+    let (r, after) = write_into(&d, 400 << 10, 64 << 10);
+    assert!(r.is_err(), "the write was taken");
+    same(&after, &h).unwrap();
+    assert_eq!(be64(&after, 72) & 2, 2, "the image is marked");
 }

@@ -70,6 +70,7 @@ impl Qcow2Node {
         let mut bytes = vec![0; self.map.slice_bytes()];
         super::io::co_read_quick(&*self.file, host, &mut bytes)?;
         self.co_check_slice(&bytes, guest);
+        self.co_check_counts(&mut bytes);
         loading.finish(&bytes);
         Ok(())
     }
