@@ -27,6 +27,7 @@ const REQUESTS: usize = 4000;
 #[derive(Default)]
 struct Told {
     history: History,
+    connected: usize,
     /// Requests that were refused while the daemon was alive.
     errors: Vec<String>,
 }
@@ -34,6 +35,7 @@ struct Told {
 /// Works until the connection is gone. Coroutine only.
 fn co_client(uri: &Uri, told: &Mutex<Told>, clock: &SimClock, mut rng: Rng) {
     let client = Client::co_connect(uri).expect("the daemon is there");
+    told.lock().unwrap().connected += 1;
     let sectors = SIZE / SECTOR;
     for _ in 0..REQUESTS {
         let what = rng.below(16);
@@ -131,8 +133,11 @@ fn killed_again_and_again(options: &str, bitmap: bool, backing: bool, rounds: us
         let enough = 150 + rng.below(600) as usize;
         let begin = Instant::now();
         loop {
-            let answered = told.lock().unwrap().history.ops.iter().filter(|o| o.acked.is_some()).count();
-            if answered >= enough {
+            let (connected, answered) = {
+                let told = told.lock().unwrap();
+                (told.connected, told.history.ops.iter().filter(|o| o.acked.is_some()).count())
+            };
+            if connected == CLIENTS && answered >= enough {
                 break;
             }
             assert!(
