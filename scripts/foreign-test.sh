@@ -34,6 +34,9 @@ known() {
     nbd/tree | nbd/rotree) echo "treefiles are not offered" ;;
     tests/errors-server-zerosize) echo "a read of 0 bytes is answered with success, as by qemu-nbd" ;;
     tests/get-subprocess-pid) echo "the pid file is removed at the end" ;;
+    info/info-null.sh) echo "an empty image is not served" ;;
+    info/info-packets.sh) echo "asks nbdkit to hide extended headers" ;;
+    info/info-map-*) echo "the holes of a file are finer than those of nbdkit's data plugin" ;;
     info/test-version.sh | copy/test-version.sh) echo "of the installed tools, not of a server" ;;
     iotests/*-233) echo "TLS errors have OpenSSL's words, and refusals are alerts instead of cut connections" ;;
     *) return 1 ;;
