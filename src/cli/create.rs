@@ -285,9 +285,6 @@ pub(crate) fn resize(args: &ResizeArgs) -> Result<u8, Failure> {
     let outcome = run_coroutine(move || -> Result<u64, String> {
         match co_open_qcow2(&options) {
             Ok(node) => {
-                if !node.dirty_bitmaps().is_empty() {
-                    return Err("the image has persistent bitmaps, which would not fit the new size; remove them first, or use qemu-img resize".to_owned());
-                }
                 let now = node.len();
                 if size < now {
                     return Err(smaller(now));

@@ -248,3 +248,54 @@ fn a_reload_that_cannot_be_done_changes_nothing_and_says_why() {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.error_line().contains("cluster size does not allow"), "{ended:?}");
 }
+
+#[test]
+fn bitmaps_grow_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", text(&disk), "1M"]);
+    run("qemu-img", &["bitmap", "--add", "--enable", "-g", "512", text(&disk), "on"]);
+    run("qemu-img", &["bitmap", "--add", "--enable", "-g", "512", text(&disk), "off"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 1 64k 64k", text(&disk)]);
+    run("qemu-img", &["bitmap", "--disable", text(&disk), "off"]);
+    configure(dir.path(), "disk.qcow2", "bitmaps = ['on', 'off']");
+    let serving = serve(dir.path());
+    // Says the dirty ranges, in sectors.
+    let dirty = |uri: &str, name: &str| -> Vec<(u64, u64)> {
+        let map = run("nbdinfo", &[&format!("--map=qemu:dirty-bitmap:{name}"), uri]);
+        let line = |l: &str| -> Vec<u64> { l.split_whitespace().map_while(|w| w.parse().ok()).collect() };
+        map.lines().map(line).filter(|e| e[2] == 1).map(|e| (e[0] / 512, e[1] / 512)).collect()
+    };
+    assert_eq!(dirty(serving.uri(), "on"), [(128, 128)]);
+    for (n, mib) in [64u64, 300].into_iter().enumerate() {
+        configure(dir.path(), "disk.qcow2", &format!("bitmaps = ['on', 'off']\ngrow_to = '{mib}M'"));
+        reload(&serving, n + 1);
+        assert_eq!(size(serving.uri()), mib * MIB);
+        io(serving.uri(), &[&format!("write -P 7 {} 1k", mib * MIB - 1024), "write -P 7 0 512", "flush"]);
+    }
+    let on = [(0, 1), (128, 128), (64 * 2048 - 2, 2), (300 * 2048 - 2, 2)];
+    assert_eq!(dirty(serving.uri(), "on"), on);
+    assert_eq!(dirty(serving.uri(), "off"), [(128, 128)]);
+    // And once more by the tool.
+    assert_eq!(serving.stop().0, Some(0));
+    let grown = conbd(&["resize", text(&disk), "600M"]);
+    assert_eq!(grown.code, Some(0), "{grown:?}");
+    run("qemu-img", &["check", text(&disk)]);
+    assert_eq!(conbd(&["check", text(&disk)]).code, Some(0));
+    for name in ["on", "off"] {
+        let socket = dir.path().join(name);
+        let mut theirs = Command::new("qemu-nbd")
+            .args(["-r", "-t", "-f", "qcow2", "-B", name, "-k", text(&socket), text(&disk)])
+            .spawn()
+            .expect("qemu-nbd; run: make test-deps");
+        let begin = std::time::Instant::now();
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(begin.elapsed() < crate::cli_harness::PATIENCE, "qemu-nbd does not listen");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let shown = dirty(&format!("nbd+unix:///?socket={}", text(&socket)), name);
+        theirs.kill().unwrap();
+        theirs.wait().unwrap();
+        assert_eq!(shown, if name == "on" { &on[..] } else { &[(128, 128)] }, "{name}");
+    }
+}

@@ -5,7 +5,7 @@ use crate::corpus::{content_by_qemu, noise, qemu_img, qemu_io, text};
 use crate::crash::qemu_check;
 use crate::driver::{self, Below};
 use crate::image::{self, be64};
-use crate::power::{Crash, Effort, Recording, SECTOR, enumerate, seed};
+use crate::power::{BITMAP_IN_USE, Crash, Effort, Recording, SECTOR, enumerate, seed};
 use crate::world::{Guest, HABITS, Habits, World, guests};
 use conbd::block::{BlockBackend, BlockNode, Error, Extent, Limits, Result, WriteFlags};
 use std::collections::BTreeMap;
@@ -22,6 +22,8 @@ struct Case {
     backing: u64,
     data_file: bool,
     snapshot: bool,
+    /// It has one that records changes, and a disabled one.
+    bitmaps: bool,
     grow: &'static [u64],
     cluster: usize,
 }
@@ -34,6 +36,7 @@ const CASE: Case = Case {
     backing: 0,
     data_file: false,
     snapshot: false,
+    bitmaps: false,
     grow: &[251 * K, 300 * K, 1024 * K],
     cluster: 8,
 };
@@ -44,6 +47,15 @@ const CASES: &[Case] = &[
     Case {
         name: "l1-moves",
         options: "cluster_size=512",
+        grow: &[1024 * K, 3 * 1024 * K, 9 * 1024 * K],
+        cluster: 2,
+        ..CASE
+    },
+    // The second size needs a longer table, and a third another one.
+    Case {
+        name: "bitmaps",
+        options: "cluster_size=512",
+        bitmaps: true,
         grow: &[1024 * K, 3 * 1024 * K, 9 * 1024 * K],
         cluster: 2,
         ..CASE
@@ -122,8 +134,15 @@ fn start(c: &Case) -> Start {
         options = format!("data_file={},{options}", text(&dir.path().join("data.bin")));
     }
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&path), &c.size.to_string()]);
+    if c.bitmaps {
+        qemu_img(&["bitmap", "--add", "--enable", "-g", "512", text(&path), "on"]);
+        qemu_img(&["bitmap", "--add", "--enable", "-g", "512", text(&path), "off"]);
+    }
     // The last cluster is written, and what was there before the disk's end reaches past it.
     qemu_io(&path, &["write -P 11 0 70k".to_owned(), format!("write -P 12 200k {}", c.size - 200 * K)]);
+    if c.bitmaps {
+        qemu_img(&["bitmap", "--disable", text(&path), "off"]);
+    }
     let mut snapshots = BTreeMap::new();
     if c.snapshot {
         qemu_img(&["snapshot", "-c", "s0", text(&path)]);
@@ -133,6 +152,29 @@ fn start(c: &Case) -> Start {
     let content = content_by_qemu(&path, None);
     let data = fs::read(dir.path().join("data.bin")).ok();
     (fs::read(&path).unwrap(), data, backing, content, snapshots)
+}
+
+/// The image's bitmaps that may be believed: name, and bits.
+fn believed(image: &[u8]) -> std::result::Result<BTreeMap<String, Vec<bool>>, String> {
+    let l = image::Layout::parse(image)?;
+    let Some((_, _, there)) = &l.bitmaps else { return Ok(BTreeMap::new()) };
+    let mut all = BTreeMap::new();
+    for b in there.iter().filter(|b| b.flags & BITMAP_IN_USE == 0 && l.autoclear & 1 != 0) {
+        all.insert(b.name.clone(), l.bits(image, b)?);
+    }
+    Ok(all)
+}
+
+/// Whether what a bitmap says of the old part is still there, and of the new part nothing.
+fn judge_bitmap(name: &str, before: &[bool], now: &[bool]) -> std::result::Result<(), String> {
+    let kept = before.iter().zip(now).all(|(old, new)| *old == *new || (*new && name == "on"));
+    if !kept {
+        return Err(format!("bitmap {name:?}: the old bits are not those that it had"));
+    }
+    if name == "off" && now[before.len()..].iter().any(|&b| b) {
+        return Err(format!("bitmap {name:?}, which is disabled, has bits of the new part"));
+    }
+    Ok(())
 }
 
 /// Grows the disk, step by step; after each: a write into the last bytes that are new, and the number of the step, durably, in
@@ -151,6 +193,8 @@ fn co_grow(backend: &Arc<BlockBackend>, sizes: &[u64], mark: u64) -> std::result
 
 fn crash(c: &Case, seed: u64) -> (usize, usize, Vec<String>) {
     let (file, data, backing, content, snapshots) = start(c);
+    let bitmaps = believed(&file).unwrap();
+    assert_eq!(bitmaps.len(), if c.bitmaps { 2 } else { 0 });
     let mut w = World::new(seed);
     let file = w.file("image", file);
     let data_file = data.is_some();
@@ -189,6 +233,7 @@ fn crash(c: &Case, seed: u64) -> (usize, usize, Vec<String>) {
     };
     let mut reader = image::Reader::new(backing.clone());
     let mut seen_sizes = std::collections::BTreeSet::new();
+    let mut old_and_new = (0, 0);
     let mut look = |views: &[&[u8]], n: usize| -> std::result::Result<(), String> {
         let size = be64(views[0], 24);
         seen_sizes.insert(size);
@@ -211,6 +256,10 @@ fn crash(c: &Case, seed: u64) -> (usize, usize, Vec<String>) {
                 return Err(format!("byte {at:#x}, which is new, holds {:#x}", sector[0]));
             }
         }
+        for (name, bits) in believed(views[0])? {
+            judge_bitmap(&name, &bitmaps[&name], &bits)?;
+            if step > 0 { old_and_new.1 += 1 } else { old_and_new.0 += 1 }
+        }
         // The real checker, now and then; it looks for files beside the image.
         if n.is_multiple_of(400) && !data_file && backing.is_empty() {
             qemu_check(views[0])?;
@@ -224,6 +273,22 @@ fn crash(c: &Case, seed: u64) -> (usize, usize, Vec<String>) {
     failures.extend(found.corruptions.into_iter().map(|x| format!("after an orderly close: {x}")));
     if found.leaks != 0 {
         failures.push(format!("{} clusters are leaked by an orderly close", found.leaks));
+    }
+    if c.bitmaps {
+        assert!(
+            old_and_new.0 > 0 && old_and_new.1 > 0,
+            "bitmaps are believed before and after: {old_and_new:?}"
+        );
+        let now = believed(&closed[0]).unwrap();
+        assert_eq!(now.len(), 2, "after an orderly close all may be believed");
+        for (name, bits) in &now {
+            failures.extend(judge_bitmap(name, &bitmaps[name], bits).err());
+        }
+        let noted = c.grow.iter().all(|size| now["on"][(size / 512 - 1) as usize]);
+        if !noted {
+            failures.push("what was written into the new part is not in the bitmap".to_owned());
+        }
+        failures.extend(qemu_check(&closed[0]).err());
     }
     let last = *c.grow.last().unwrap();
     let mut disk = vec![0xee; last as usize];
@@ -299,4 +364,59 @@ fn clusters_left_past_the_end_do_not_come_back() {
     assert!(content[small as usize..].iter().any(|&b| b != 0), "something was there");
     let found = image::check(&sim.content());
     assert!(found.corruptions.is_empty(), "{:?}", found.corruptions);
+}
+
+#[test]
+fn a_bitmap_that_ends_in_all_ones_says_nothing_of_what_is_new() {
+    let case = Case { options: "cluster_size=512", bitmaps: true, ..CASE };
+    let (mut file, ..) = start(&case);
+    let l = image::Layout::parse(&file).unwrap();
+    let off = l.bitmaps.as_ref().unwrap().2.iter().find(|b| b.name == "off").unwrap().clone();
+    assert_eq!(off.table_size, 1);
+    // Its one cluster is leaked by that.
+    file[off.table_offset as usize..][..8].copy_from_slice(&1u64.to_be_bytes());
+    let mut w = World::new(1);
+    let sim = w.file("image", file);
+    let below = Below::new(&sim, None, &[]);
+    w.co(move || {
+        let node = driver::co_open(&below).unwrap();
+        node.co_resize(300 * K).unwrap();
+        node.co_close().unwrap();
+    });
+    let bits = believed(&sim.content()).unwrap().remove("off").unwrap();
+    let old = (CASE.size / 512) as usize;
+    assert_eq!(bits.len(), 600);
+    assert!(bits[..old].iter().all(|&b| b));
+    assert!(bits[old..].iter().all(|&b| !b), "bits of the new part are set");
+    let found = image::check(&sim.content());
+    assert!(found.corruptions.is_empty(), "{:?}", found.corruptions);
+}
+
+#[test]
+fn an_l1_table_longer_than_a_refcount_block_counts_finds_its_place() {
+    // With 64-bit refcounts a block counts 64 clusters of 512 bytes; 150 MiB need 75 of them.
+    let (file, ..) = start(&Case { options: "cluster_size=512,refcount_bits=64", ..CASE });
+    let before = file.len();
+    let mut w = World::new(1);
+    let sim = w.file("image", file);
+    let below = Below::new(&sim, None, &[]);
+    w.co(move || {
+        let node = driver::co_open(&below).unwrap();
+        for mib in [3u64, 150, 400] {
+            node.co_resize(mib << 20).unwrap();
+            let bytes = [NEW; 4096];
+            node.co_pwritev((mib << 20) - 4096, &[IoSlice::new(&bytes)], WriteFlags::empty()).unwrap();
+        }
+        node.co_flush().unwrap();
+        let mut got = [0; 4096];
+        node.co_preadv((150 << 20) - 4096, &mut [IoSliceMut::new(&mut got)]).unwrap();
+        assert_eq!(got, [NEW; 4096]);
+        node.co_close().unwrap();
+    });
+    let after = sim.content();
+    assert!(after.len() < before + (4 << 20), "the file has {} bytes", after.len());
+    let found = image::check(&after);
+    assert!(found.corruptions.is_empty(), "{:?}", found.corruptions);
+    assert_eq!(found.leaks, 0);
+    qemu_check(&after).unwrap();
 }

@@ -152,6 +152,13 @@ impl Alloc {
 
     /// Finds exactly `count` clusters side by side, and counts them as used, in memory. Yields.
     fn co_take_exact(&mut self, node: &Qcow2Node, count: u64) -> Result<Run> {
+        if count >= self.refcounts.per_block() {
+            // No range has so many beside its own block.
+            let first = self.refcounts.co_make_area(count, node)?;
+            self.add_grown();
+            self.co_use(node, first..first + count)?;
+            return Ok(Run { first, count, zero: first >= self.fresh });
+        }
         let (mut first, mut have) = (self.scan, 0);
         while have < count {
             let at = first + have;

@@ -66,6 +66,11 @@ impl Qcow2Node {
         }
         self.header.lock().unwrap_or_else(PoisonError::into_inner).size = len;
         self.cover_with_cache(len);
+        for hook in self.hooks() {
+            if let Err(e) = hook.co_after_resize(self, len) {
+                tracing::warn!(node = %self.name(), errno = e.errno(), "disabled bitmaps stay marked in use");
+            }
+        }
         Ok(())
     }
 

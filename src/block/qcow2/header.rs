@@ -733,6 +733,23 @@ impl Header {
     }
 }
 
+/// Where, in an image's first cluster, the offset of the bitmap directory stands: 8 bytes of the bitmaps extension. `None`:
+/// there is no such extension.
+#[must_use]
+pub fn bitmap_directory_pointer(cluster: &[u8]) -> Option<usize> {
+    let word = |at: usize| cluster.get(at..)?.first_chunk::<4>().map(|b| u32::from_be_bytes(*b));
+    // Version 2 has a header of 72 bytes.
+    let mut at = if word(4)? == 2 { 72 } else { usize::try_from(word(100)?).ok()? };
+    loop {
+        let (magic, len) = (word(at)?, usize::try_from(word(at.checked_add(4)?)?).ok()?);
+        match magic {
+            EXT_END => return None,
+            EXT_BITMAPS => return at.checked_add(24).filter(|_| len >= 24),
+            _ => at = at.checked_add(8)?.checked_add(len.checked_next_multiple_of(8)?)?,
+        }
+    }
+}
+
 fn put_extension(out: &mut Vec<u8>, magic: u32, data: &[u8]) {
     out.extend(magic.to_be_bytes());
     out.extend((data.len() as u32).to_be_bytes());

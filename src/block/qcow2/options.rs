@@ -126,6 +126,12 @@ pub trait WriteHook: Send + Sync {
     /// Why it may not become larger.
     fn co_before_resize(&self, node: &Qcow2Node, len: u64) -> Result<()>;
 
+    /// The disk has `len` bytes now, durably. No request is running. Yields.
+    ///
+    /// # Errors
+    /// The errno of what failed; the disk stays larger.
+    fn co_after_resize(&self, node: &Qcow2Node, len: u64) -> Result<()>;
+
     /// The image is being closed, and was changed: what is to be kept is stored. No request is running. Yields.
     ///
     /// # Errors

@@ -269,6 +269,55 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Makes blocks behind everything that is known, for `count` clusters side by side: more than there are between two blocks
+    /// that lie in their own ranges. Returns the first of the clusters; they are free. Yields.
+    pub(super) fn co_make_area(&mut self, count: u64, around: &dyn Surroundings) -> Result<u64> {
+        let (g, per) = (self.g, self.per_block());
+        // The blocks come first, and count themselves.
+        let blocks = count.div_ceil(per - 1);
+        let start = loop {
+            let known = self.table.iter().rposition(|e| *e != 0).map_or(0, |i| i as u64 + 1);
+            let start = known.max(self.g.clusters_for(self.file.len()).div_ceil(per));
+            if start + blocks <= self.table.len() as u64 {
+                break start;
+            }
+            self.co_grow_table(start + blocks, around)?;
+        };
+        let first = start * per;
+        let end = (first + blocks + count) << g.cluster_bits;
+        if end >= super::entry::MAX_HOST_OFFSET {
+            return Err(Error::from_errno("allocate", self.file.name(), end, libc::EFBIG));
+        }
+        if !self.file.grows() && end > self.file.len() {
+            return Err(Error::from_errno("allocate", self.file.name(), end, libc::ENOSPC));
+        }
+        if let Some(c) = (first..first + blocks + count).find(|c| around.is_metadata(*c)) {
+            let what = "a metadata cluster has no refcount block";
+            return Err(around.co_corrupt(what, c << g.cluster_bits));
+        }
+        let mut made = Vec::new();
+        for i in 0..blocks {
+            let mut data = vec![0; g.cluster_size() as usize];
+            for c in (i * per..(i + 1) * per).take_while(|c| *c < blocks) {
+                g.set_refcount(&mut data, (c % per) as usize, 1);
+            }
+            let host = (first + i) << g.cluster_bits;
+            self.co_write(host, &data)?;
+            made.push((start + i, host, data));
+        }
+        around.co_barrier()?;
+        // As in `co_make_blocks`; a block that is missing after a crash counts nothing that is in use.
+        let bytes: Vec<u8> = made.iter().flat_map(|m| m.1.to_be_bytes()).collect();
+        self.co_write(self.table_offset + start * 8, &bytes)?;
+        for (i, host, data) in made {
+            self.table[i as usize] = host;
+            self.make_room();
+            self.insert(i, host, data);
+        }
+        around.set_metadata(first..first + blocks, true);
+        Ok(first + blocks)
+    }
+
     /// Makes the table large enough for block `index`.
     fn co_grow_table(&mut self, index: u64, around: &dyn Surroundings) -> Result<()> {
         let g = self.g;
