@@ -1439,6 +1439,7 @@ mod tests {
             "allow =",
             "snapshot =",
             "l2_cache =",
+            "grow_to =",
         ];
         let text: String = uncommented()
             .lines()

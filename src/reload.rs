@@ -476,7 +476,7 @@ mod tests {
         };
         let one = "[[export]]\nname = 'a'\nimage = 'a'\n";
         check(one, one, &[]);
-        check(one, &format!("{one}grow_to = '1G'\ndescription = 'd'\nallow = ['10.0.0.0/8']\n"), &[]);
+        check(one, &format!("{one}grow_to = '1G'\ndescription = 'd'\nallow = ['address:10.0.0.0/8']\n"), &[]);
         check(
             one,
             &format!("{one}cache = 'none'\n"),
