@@ -52,7 +52,8 @@ port=$((20000 + RANDOM % 20000))
 # As its user, with nothing but what is in the image.
 in_image() { chroot --userspec=65532:65532 "$root" "$@"; }
 in_image conbd --version
-in_image conbd serve /disk.raw --listen "127.0.0.1:$port" &
+# Not through the function: the process to end would be its subshell.
+chroot --userspec=65532:65532 "$root" conbd serve /disk.raw --listen "127.0.0.1:$port" &
 server=$!
 for _ in $(seq 100); do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break

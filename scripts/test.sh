@@ -16,6 +16,8 @@ steps=(
     "integration tests:$CARGO test --locked --test it"
     "qcow2, the proof:$CARGO test --locked --test qcow2"
     "interoperation with other clients and servers:$CARGO test --locked --test interop"
+    "every fast path off:env CONBD_FAST=off $CARGO test --locked --test it --test qcow2"
+    "every fast path forced:env CONBD_FAST=forced $CARGO test --locked --test it --test qcow2"
     "concurrency models (loom):$CARGO test --locked --test loom"
     "doc tests:$CARGO test --locked --doc"
     "man pages are current:scripts/check-man.sh"

@@ -7,6 +7,7 @@ use conbd::block::{
     NullNode, Result as BlockResult, StatusFlags, WriteFlags,
 };
 use conbd::co;
+use conbd::util::fast;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -140,16 +141,19 @@ fn drain_end_without_begin_panics() {
 fn nothing_is_served_inline_while_quiesced() {
     let (_fault, backend) = faulty();
     let mut buf = [1u8; 512];
-    assert!(backend.try_pread(0, &mut buf));
-    assert!(backend.try_pwrite(0, &buf).is_some());
+    // Both when the tests run with CONBD_FAST=off and when not.
+    let fast = fast::paths();
+    assert_eq!(backend.try_pread(0, &mut buf), fast.inline_read);
+    assert_eq!(backend.try_pwrite(0, &buf).is_some(), fast.inline_write);
     backend.drain_begin();
     assert_eq!(backend.try_pread_some(0, &mut buf), 0);
     assert!(backend.try_pwrite(0, &buf).is_none());
     backend.drain_end();
-    assert!(backend.try_pread(0, &mut buf));
+    assert_eq!(backend.try_pread(0, &mut buf), fast.inline_read);
     let s = backend.stats();
-    assert_eq!((s.reads, s.inline_reads, s.writes, s.inline_writes), (2, 2, 1, 1));
-    assert_eq!((s.read_bytes, s.write_bytes), (1024, 512));
+    let (reads, writes) = (u64::from(fast.inline_read) * 2, u64::from(fast.inline_write));
+    assert_eq!((s.reads, s.inline_reads, s.writes, s.inline_writes), (reads, reads, writes, writes));
+    assert_eq!((s.read_bytes, s.write_bytes), (reads * 512, writes * 512));
 }
 
 #[test]
@@ -195,7 +199,8 @@ fn failed_and_refused_requests_leave_nothing_in_flight() {
     let be = Arc::clone(&ro);
     let e = run_in_coroutine(t.context(), move || be.co_pwrite_zeroes(0, 512, WriteFlags::empty()));
     assert_eq!(e.expect_err("read-only").errno(), libc::EPERM);
-    assert!(ro.try_pwrite(0, &[0; 512]).is_some_and(|r| r.is_err()));
+    let refused = ro.try_pwrite(0, &[0; 512]).map(|r| r.is_err());
+    assert_eq!(refused, fast::paths().inline_write.then_some(true));
     assert_eq!(ro.in_flight(), 0);
 }
 
@@ -237,7 +242,8 @@ fn fault_node_holds_after_the_effect_and_fails_on_release() {
     assert!(!fault.release(held[0].id), "it is gone");
     assert_eq!(write.join(), libc::ENOSPC);
     assert_eq!(fault.remove_rule(rule), 1);
-    assert!(backend.try_pwrite(0, &[1; 512]).is_some(), "inline again without rules");
+    let inline = backend.try_pwrite(0, &[1; 512]).is_some();
+    assert_eq!(inline, fast::paths().inline_write, "inline again without rules");
 }
 
 #[test]
