@@ -135,7 +135,9 @@ fn exports_come_and_go_and_clients_keep_what_they_have() {
 
     // An image gets another name, and an export another image: without clients, in one reload.
     on_c.disc();
-    wait_for("c has no client", || house.go("c").size == MIB);
+    let ended =
+        |log: String| log.lines().any(|l| l.contains("client disconnected") && l.contains("export=\"c\""));
+    wait_for("c has no client", || ended(house.serving().log()));
     let told = house.reload(&format!("{}{}", export("z", "c.raw", raw), export("c", "b.raw", raw)));
     assert!(told.contains("exports=2 added=2 removed=2"), "{told}");
     assert!(told.contains("failed=0"), "{told}");
