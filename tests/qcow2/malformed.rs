@@ -628,8 +628,9 @@ fn a_broken_entry_is_told_with_its_image_its_table_and_its_place() {
         let uri = serving.uri().to_owned();
         let refused = run("qemu-io", &["-f", "raw", &uri, "-c", request]);
         assert!(refused.is_err_and(|e| e.contains("Input/output error")), "{what}");
+        serving.wait_for_log(what);
         let log = serving.log();
-        let line = log.lines().find(|l| l.contains(what)).unwrap_or_else(|| panic!("{what} is not in {log}"));
+        let line = log.lines().find(|l| l.contains(what)).expect("it is there");
         for part in ["bad.qcow2".to_owned(), format!("at byte {at:#x} of the file")] {
             assert!(line.contains(&part), "{what}: {part:?} is not in {line}");
         }
