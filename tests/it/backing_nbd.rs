@@ -1,7 +1,8 @@
 //! qcow2 images whose backing image is an export of an NBD server: ours and QEMU's, dead, slow, lying and ourselves.
 
 use crate::cli_harness::{
-    Claims, FakeServer, PATIENCE, Serving, conbd, handshake, in_coroutine, read_request, text,
+    Claims, FakeServer, PATIENCE, Peer, Serving, conbd, handshake, in_coroutine, must as run, peer,
+    read_request, text,
 };
 use conbd::block::BlockNode;
 use conbd::nbd::backing::{NbdNode, Patience};
@@ -11,22 +12,12 @@ use conbd::util::buf::IoBuf;
 use std::io::IoSliceMut;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
-
-/// Runs a tool that must succeed; what it says.
-fn run(program: &str, args: &[&str]) -> String {
-    let out = Command::new(program).args(args).output();
-    let out = out.unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"));
-    let told = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success(), "{program} {args:?}: {told}{}", String::from_utf8_lossy(&out.stderr));
-    assert!(!told.contains("verification failed"), "{program} {args:?}: {told}");
-    told
-}
 
 /// qemu-io on an export; whether all of it succeeded, and what it said.
 fn io(uri: &str, commands: &[&str]) -> (bool, String) {
@@ -86,30 +77,10 @@ fn serve_top(top: &Path) -> Serving {
 }
 
 /// QEMU's server of the base image.
-struct QemuNbd(Child);
-
-impl QemuNbd {
-    fn start(dir: &Path, socket: &str) -> QemuNbd {
-        let (base, socket) = (dir.join("base.raw"), dir.join(socket));
-        let child = Command::new("qemu-nbd")
-            .args(["-r", "-t", "-e", "0", "-f", "raw", "-x", "b", "-k", text(&socket), text(&base)])
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("qemu-nbd; run: make test-deps");
-        let begin = Instant::now();
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-            assert!(begin.elapsed() < PATIENCE, "qemu-nbd does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        QemuNbd(child)
-    }
-}
-
-impl Drop for QemuNbd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn qemu_nbd(dir: &Path, socket: &str) -> Peer {
+    let (base, socket) = (dir.join("base.raw"), dir.join(socket));
+    let args = ["-r", "-t", "-e", "0", "-f", "raw", "-x", "b", "-k", text(&socket), text(&base)];
+    peer("qemu-nbd", &args, &socket)
 }
 
 /// What an overlay of 8 MiB must show.
@@ -165,7 +136,7 @@ fn what_the_server_has_is_read_through_the_overlay() {
     let base = write_base(&dir.path().join("base.raw"));
     let want = expect(dir.path(), &base);
     let ours = serve_base(dir.path(), "ours.sock");
-    let _theirs = QemuNbd::start(dir.path(), "theirs.sock");
+    let _theirs = qemu_nbd(dir.path(), "theirs.sock");
     let at = |s: &str| dir.path().join(s).display().to_string();
     for (name, format) in [
         (format!("nbd+unix:///?socket={}", at("ours.sock")), "raw"),

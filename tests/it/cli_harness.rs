@@ -83,6 +83,51 @@ pub(crate) fn conbd(args: &[&str]) -> Ended {
     run(conbd_command(args))
 }
 
+/// Runs a tool that must succeed; what it says on stdout.
+#[track_caller]
+pub(crate) fn must(program: &str, args: &[&str]) -> String {
+    must_command(Command::new(program).args(args))
+}
+
+/// [`must`] for a prepared command.
+#[track_caller]
+pub(crate) fn must_command(command: &mut Command) -> String {
+    let out = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}; run: make test-deps"));
+    let told = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success(), "{command:?}: {told}{}", String::from_utf8_lossy(&out.stderr));
+    // qemu-io exits with 0 all the same.
+    assert!(!told.contains("verification failed"), "{command:?}: {told}");
+    told
+}
+
+/// Another server, ended with the test.
+pub(crate) struct Peer(Child);
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a server that listens on `socket`.
+pub(crate) fn peer(program: &str, args: &[&str], socket: &Path) -> Peer {
+    let child = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"));
+    let peer = Peer(child);
+    let begin = Instant::now();
+    while UnixStream::connect(socket).is_err() {
+        assert!(begin.elapsed() < PATIENCE, "{program} does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    peer
+}
+
 /// A daemon that was started for a test and ends with it.
 pub(crate) struct Serving {
     child: Child,

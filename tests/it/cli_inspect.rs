@@ -1,38 +1,7 @@
 //! `conbd inspect`: what it tells about our server and about others', and its exit code as a health check.
 
-use crate::cli_harness::{Serving, conbd, image, text};
+use crate::cli_harness::{Serving, conbd, image, peer, text};
 use serde_json::Value;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-/// Another server, ended with the test.
-struct Peer(Child);
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Starts a server that listens on `socket`.
-fn peer(program: &str, args: &[&str], socket: &Path) -> Peer {
-    let child = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"));
-    let peer = Peer(child);
-    let begin = Instant::now();
-    while std::os::unix::net::UnixStream::connect(socket).is_err() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "{program} does not listen");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    peer
-}
 
 fn inspect(uri: &str) -> Value {
     let ended = conbd(&["inspect", uri, "--json"]);

@@ -1,26 +1,15 @@
 //! Images that become larger while they are served: by a reload, and underneath.
 
-use crate::cli_harness::{Serving, conbd, image, in_coroutine, text};
+use crate::cli_harness::{Serving, conbd, image, in_coroutine, must as run, peer, text};
 use conbd::nbd::client::{Client, Uri};
 use conbd::nbd::proto::CmdFlags;
 use conbd::util::buf::IoBuf;
 use rustix::process::Signal;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const MIB: u64 = 1 << 20;
-
-/// Runs a tool that must succeed; what it says.
-fn run(program: &str, args: &[&str]) -> String {
-    let out = Command::new(program).args(args).output();
-    let out = out.unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"));
-    let told = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success(), "{program} {args:?}: {told}{}", String::from_utf8_lossy(&out.stderr));
-    assert!(!told.contains("verification failed"), "{program} {args:?}: {told}");
-    told
-}
 
 fn io(uri: &str, commands: &[&str]) {
     let mut args = vec!["-f", "raw"];
@@ -284,18 +273,10 @@ fn bitmaps_grow_along() {
     assert_eq!(conbd(&["check", text(&disk)]).code, Some(0));
     for name in ["on", "off"] {
         let socket = dir.path().join(name);
-        let mut theirs = Command::new("qemu-nbd")
-            .args(["-r", "-t", "-f", "qcow2", "-B", name, "-k", text(&socket), text(&disk)])
-            .spawn()
-            .expect("qemu-nbd; run: make test-deps");
-        let begin = std::time::Instant::now();
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-            assert!(begin.elapsed() < crate::cli_harness::PATIENCE, "qemu-nbd does not listen");
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        let args = ["-r", "-t", "-f", "qcow2", "-B", name, "-k", text(&socket), text(&disk)];
+        let theirs = peer("qemu-nbd", &args, &socket);
         let shown = dirty(&format!("nbd+unix:///?socket={}", text(&socket)), name);
-        theirs.kill().unwrap();
-        theirs.wait().unwrap();
+        drop(theirs);
         assert_eq!(shown, if name == "on" { &on[..] } else { &[(128, 128)] }, "{name}");
     }
 }

@@ -1,27 +1,26 @@
 //! The tools around qcow2 images, against QEMU's: `create`, `check`, `resize`, `inspect`, and what `serve` opens.
 
-use crate::cli_harness::{Serving, conbd, image, text};
+use crate::cli_harness::{Serving, conbd, image, must_command, peer, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Runs in the image's folder: QEMU looks for an external data file from where it runs, we from where the image is.
-fn tool(program: &str, args: &[&str]) -> Output {
+/// A tool in the image's folder: QEMU looks for an external data file from where it runs, we from where the image is.
+fn command(program: &str, args: &[&str]) -> Command {
     let image = args.iter().rev().map(Path::new).find(|a| a.is_absolute());
-    Command::new(program)
-        .args(args)
-        .current_dir(image.and_then(Path::parent).unwrap_or(Path::new("/")))
-        .output()
-        .unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"))
+    let mut command = Command::new(program);
+    command.args(args).current_dir(image.and_then(Path::parent).unwrap_or(Path::new("/")));
+    command
+}
+
+fn tool(program: &str, args: &[&str]) -> Output {
+    command(program, args).output().unwrap_or_else(|e| panic!("{program}: {e}; run: make test-deps"))
 }
 
 /// Runs a tool that must succeed.
+#[track_caller]
 fn run(program: &str, args: &[&str]) -> String {
-    let out = tool(program, args);
-    let told = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success(), "{program} {args:?}: {told}{}", String::from_utf8_lossy(&out.stderr));
-    assert!(!told.contains("verification failed"), "{program} {args:?}: {told}");
-    told
+    must_command(&mut command(program, args))
 }
 
 /// qemu-io with commands, on an image (`format` qcow2) or an export (raw).
@@ -390,18 +389,10 @@ fn persistent_bitmaps_are_kept_shown_and_stored() {
 
     // qemu-nbd shows what we stored, and we show it again.
     let socket = dir.path().join("s");
-    let mut theirs = Command::new("qemu-nbd")
-        .args(["-r", "-t", "-f", "qcow2", "-B", "on", "-k", text(&socket), text(&image)])
-        .spawn()
-        .expect("qemu-nbd; run: make test-deps");
-    let begin = std::time::Instant::now();
-    while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-        assert!(begin.elapsed() < crate::cli_harness::PATIENCE, "qemu-nbd does not listen");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let args = ["-r", "-t", "-f", "qcow2", "-B", "on", "-k", text(&socket), text(&image)];
+    let theirs = peer("qemu-nbd", &args, &socket);
     let shown = map(&format!("nbd+unix:///?socket={}", text(&socket)));
-    theirs.kill().unwrap();
-    theirs.wait().unwrap();
+    drop(theirs);
     let extents = |json: &str| -> Vec<(u64, u64, u64)> {
         let value: Value = serde_json::from_str(json).unwrap();
         let number = |e: &Value, key: &str| e[key].as_u64().unwrap();

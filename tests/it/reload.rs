@@ -1,6 +1,6 @@
 //! SIGHUP while clients are connected: exports that come and go, what is told of them, credentials. Sizes are in `grow.rs`.
 
-use crate::cli_harness::{Serving, conbd, text};
+use crate::cli_harness::{Serving, conbd, must, text};
 use crate::nbd_common::{Raw, wait_for};
 use crate::pki::{Kind, Pki, Wish, issue};
 use conbd::nbd::proto::{NBD_OPT_GO, NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN};
@@ -215,10 +215,7 @@ fn what_is_told_and_who_may_come_changes_for_those_who_come_later() {
 
 #[test]
 fn a_stop_closes_the_images_of_removed_exports_too() {
-    let run = |args: &[&str]| {
-        let out = Command::new("qemu-img").args(args).output().expect("qemu-img; run: make test-deps");
-        assert!(out.status.success(), "{args:?}: {out:?}");
-    };
+    let run = |args: &[&str]| must("qemu-img", args);
     let mut house = House::new(&["a.raw"], &export("a", "a.raw", ""));
     let disk = house.path("q.qcow2");
     run(&["create", "-q", "-f", "qcow2", text(&disk), "4M"]);
@@ -233,8 +230,7 @@ fn a_stop_closes_the_images_of_removed_exports_too() {
     assert_eq!(code, Some(0), "{log}");
     run(&["check", "-q", text(&disk)]);
     // The bitmap was stored, which only a clean close does, and knows both writes.
-    let out = Command::new("qemu-img").args(["info", "--output=json", text(&disk)]).output().unwrap();
-    let info: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let info: Value = serde_json::from_str(&run(&["info", "--output=json", text(&disk)])).unwrap();
     let bitmap = &info["format-specific"]["data"]["bitmaps"][0];
     assert_eq!((&bitmap["name"], &bitmap["flags"]), (&"b".into(), &Value::from(vec!["auto"])), "{info}");
 }
