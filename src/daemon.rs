@@ -409,6 +409,18 @@ impl Daemon {
         }
         // A reload that waits for requests gives up, and lets those go on that wait for it.
         let leaving = match &on_hup {
+            OnHup::Reload(reloader) if reloader.is_running() => {
+                // Meanwhile nothing polls the main context: opening an image may take its time.
+                let ended = watch_the_end(
+                    Arc::clone(&signal_fd),
+                    self.grace,
+                    "a reload takes too long",
+                    Arc::clone(log),
+                );
+                let leaving = reloader.stop();
+                *ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+                leaving
+            }
             OnHup::Reload(reloader) => reloader.stop(),
             OnHup::Stop => Vec::new(),
         };
@@ -416,7 +428,7 @@ impl Daemon {
         let unclosed = close_images(&self.server, &leaving);
         self.main.remove_handler(handler);
         // From here on nothing polls the main context: a thread of its own hears a second signal, and the deadline.
-        let finished = watch_the_end(signal_fd, CLOSE_GRACE, Arc::clone(log));
+        let finished = watch_the_end(signal_fd, CLOSE_GRACE, "closing takes too long", Arc::clone(log));
         log_counters(&self.server, &contexts, "iothread totals");
         let outcome = if report.aborted == 0 && report.flush_failures == 0 && unclosed == 0 {
             info!("stopped: everything was finished and flushed");
@@ -713,8 +725,14 @@ fn end_at_once(why: &'static str, log: &LogGuard) -> ! {
     std::process::exit(EXIT_AT_ONCE)
 }
 
-/// Starts a thread that ends the process when another signal comes or `grace` passes, until the flag it returns is set.
-fn watch_the_end(signal_fd: Arc<OwnedFd>, grace: Duration, log: Arc<LogGuard>) -> Arc<Mutex<bool>> {
+/// Starts a thread that ends the process when another signal comes or `grace` passes, which is `late`, until the flag it returns
+/// is set.
+fn watch_the_end(
+    signal_fd: Arc<OwnedFd>,
+    grace: Duration,
+    late: &'static str,
+    log: Arc<LogGuard>,
+) -> Arc<Mutex<bool>> {
     let finished = Arc::new(Mutex::new(false));
     let seen = Arc::clone(&finished);
     let watch = move || {
@@ -734,7 +752,7 @@ fn watch_the_end(signal_fd: Arc<OwnedFd>, grace: Duration, log: Arc<LogGuard>) -
                 return;
             }
             if left.is_zero() {
-                end_at_once("closing takes too long", &log);
+                end_at_once(late, &log);
             }
             if ready > 0
                 && let Ok(Some(signal)) = sys::read_signal(signal_fd.as_fd())

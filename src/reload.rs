@@ -72,6 +72,19 @@ struct State {
     leaving: Vec<Arc<Export>>,
 }
 
+/// Lets reloads go on after one that panicked.
+struct Fallen<'r>(&'r Reloader);
+
+impl Drop for Fallen<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().running = false;
+            error!("SIGHUP: a reload panicked; what it had not come to stays as it was");
+            tell("READY=1");
+        }
+    }
+}
+
 /// How many of what a reload has done.
 #[derive(Default)]
 struct Tally {
@@ -102,6 +115,10 @@ impl Reloader {
     /// Begins a reload, or lets the one that runs be followed by another. Never waits.
     pub fn request(self: &Arc<Self>, server: &Arc<Server>) {
         let mut state = self.lock();
+        if self.is_stopping() {
+            info!("SIGHUP: the server stops, nothing is reloaded");
+            return;
+        }
         if state.running {
             state.again = true;
             self.called.notify_all();
@@ -118,8 +135,14 @@ impl Reloader {
         }
     }
 
-    /// Lets a running reload end early, and waits for it. Returns the exports that are still leaving: their images are to be
-    /// closed once their clients are gone. Blocks.
+    /// Whether a reload is at work, or exports are leaving.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.lock().running
+    }
+
+    /// Lets a running reload end early, and waits for it; later ones do not begin. Returns the exports that are still leaving:
+    /// their images are to be closed once their clients are gone. Blocks, for as long as an image takes to open or to grow.
     pub fn stop(&self) -> Vec<Arc<Export>> {
         let worker = {
             let mut state = self.lock();
@@ -138,8 +161,11 @@ impl Reloader {
     }
 
     fn run(&self, server: &Server) {
+        let _fallen = Fallen(self);
         loop {
-            self.once(server);
+            if !self.is_stopping() {
+                self.once(server);
+            }
             loop {
                 self.close_idle();
                 let mut state = self.lock();

@@ -96,12 +96,13 @@ impl std::fmt::Display for RemoteName {
 
 /// Opens what is no file: this floor knows no protocol.
 pub trait OpenRemote: Send + Sync + std::fmt::Debug {
-    /// Opens what the name stands for, read-only. Names of nodes are alike only if they are the same thing. Coroutine only;
+    /// Opens what the name stands for, read-only; `from_afar`: the image that names it is itself held by another machine, and must
+    /// not have us use sockets of this host. Names of nodes are alike only if they are the same thing. Coroutine only;
     /// yields.
     ///
     /// # Errors
     /// What is wrong with the name, or why there is nothing, in one line.
-    fn co_open(&self, name: &RemoteName) -> std::result::Result<Arc<dyn BlockNode>, String>;
+    fn co_open(&self, name: &RemoteName, from_afar: bool) -> std::result::Result<Arc<dyn BlockNode>, String>;
 }
 
 /// Where a backing image is.
@@ -235,8 +236,9 @@ pub(super) fn co_open_qcow2(
                 let Some(opener) = &options.remote else {
                     return Err(fail(format!("its backing image {name} is {NOT_ALLOWED}")));
                 };
-                let node =
-                    opener.co_open(name).map_err(|why| fail(format!("its backing image {name}: {why}")))?;
+                let node = opener
+                    .co_open(name, !local)
+                    .map_err(|why| fail(format!("its backing image {name}: {why}")))?;
                 if !seen_remote.insert(node.name().to_owned()) {
                     return Err(OpenError::ChainLoop { path: node.name().into() });
                 }
@@ -479,9 +481,8 @@ fn from_json(
     }
     for key in flat.keys() {
         let known = ["driver", "filename", "file.driver", "file.filename"];
-        // QEMU writes these along; they say what holds anyway for a backing image.
-        let harmless = ["read-only", "file.read-only", "auto-read-only", "file.auto-read-only", "node-name"];
-        if !known.contains(&key.as_str()) && !harmless.contains(&key.as_str()) {
+        let harmless = HARMLESS.contains(&key.strip_prefix("file.").unwrap_or(key));
+        if !known.contains(&key.as_str()) && !harmless {
             return Err(unsupported(&format!("the key {key:?}")));
         }
     }

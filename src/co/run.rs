@@ -21,15 +21,17 @@ pub fn run_to_end<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> 
     let result = Arc::new(Mutex::new(None));
     let slot = Arc::clone(&result);
     let take = move |slot: &Mutex<Option<T>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-    Coroutine::new(move || {
+    let coroutine = Coroutine::new(move || {
         let value = f();
         *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
-    })
-    .schedule(&context);
+    });
+    coroutine.schedule(&context);
     let mut value = None;
     context.poll_until(|| {
+        // A panic ends it without a value.
+        let ended = coroutine.outcome().is_some();
         value = take(&result);
-        value.is_some()
+        value.is_some() || ended
     });
-    Ok(value.expect("poll_until returns when there is a value"))
+    Ok(value.expect("the coroutine panicked"))
 }

@@ -58,8 +58,14 @@ pub struct NbdBacking {
 }
 
 impl OpenRemote for NbdBacking {
-    fn co_open(&self, name: &RemoteName) -> Result<Arc<dyn BlockNode>, String> {
+    fn co_open(&self, name: &RemoteName, from_afar: bool) -> Result<Arc<dyn BlockNode>, String> {
         let uri = uri_of(name)?;
+        if from_afar && !matches!(uri.address, Address::Tcp { .. }) {
+            return Err(
+                "an image that comes from a server must not have us connect to a socket of this host"
+                    .to_owned(),
+            );
+        }
         Ok(NbdNode::co_open(uri, self.patience)?)
     }
 }
@@ -387,7 +393,9 @@ impl Link {
                 if state.len > 0 {
                     tracing::info!(node = %self.uri, "connected to the server of a backing image again");
                 }
-                *state = Connection { len: client.size(), client: Some(Arc::clone(&client)), failed: None };
+                // It may be larger for a while: what must not change is what was there at first.
+                let len = if state.len > 0 { state.len } else { client.size() };
+                *state = Connection { len, client: Some(Arc::clone(&client)), failed: None };
                 Ok(client)
             }
             Err(why) => {

@@ -159,6 +159,15 @@ impl Alloc {
             self.co_use(node, first..first + count)?;
             return Ok(Run { first, count, zero: first >= self.fresh });
         }
+        // What was freed first: a file that does not grow may have nothing else.
+        if let Some((&first, &n)) = self.free.iter().find(|(_, n)| **n >= count) {
+            self.free.remove(&first);
+            if n > count {
+                self.free.insert(first + count, n - count);
+            }
+            self.co_use(node, first..first + count)?;
+            return Ok(Run { first, count, zero: false });
+        }
         let (mut first, mut have) = (self.scan, 0);
         while have < count {
             let at = first + have;

@@ -40,20 +40,21 @@ impl Qcow2Node {
         if entries * 8 > MAX_L1_BYTES || len > i64::MAX as u64 {
             return Err(fail(libc::EFBIG));
         }
-        self.co_begin_change("grow", len)?;
-        for hook in self.hooks() {
-            hook.co_before_resize(self, len)?;
+        if self.data_file.as_ref().is_some_and(|data| data.len() < len && !data.grows()) {
+            return Err(fail(libc::ENOSPC));
         }
+        self.co_begin_change("grow", len)?;
         if entries > self.map.l1_len() {
             self.co_move_l1(entries)?;
         }
         if let Some(data) = &self.data_file
             && data.len() < len
         {
-            if !data.grows() {
-                return Err(fail(libc::ENOSPC));
-            }
             data.co_truncate(len)?;
+        }
+        // Late: a growth that fails after this leaves bitmaps marked in use.
+        for hook in self.hooks() {
+            hook.co_before_resize(self, len)?;
         }
         self.set_len(len);
         let done = self

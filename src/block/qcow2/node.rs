@@ -31,6 +31,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 /// L2 cache when nothing is asked for: all of the disk, up to this many bytes (ours; 2 TiB at the default geometry).
 const DEFAULT_L2_CACHE: u64 = 256 << 20;
+/// Blocks of refcounts that are read to check one slice (ours: as many cover 16 GiB of 64 KiB clusters).
+const COUNT_BLOCKS_PER_SLICE: u32 = 8;
 
 /// Why an image is not written any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -467,14 +469,15 @@ impl Qcow2Node {
     /// cluster in use that counts 0 would be given away: the image is damaged. One that counts more than 1 has other users,
     /// whatever its COPIED flag says: the flag goes, so that it is copied and not overwritten. Yields.
     ///
-    /// QEMU believes the flag. Here a lookup costs a few nanoseconds where the block of counts is in memory, and the file was
-    /// just read anyway.
+    /// QEMU believes the flag. Here a lookup costs a few nanoseconds where the block of counts is in memory; few others are
+    /// read for a slice, and the allocator is let go between them. The rest is believed.
     pub(super) fn co_check_counts(&self, bytes: &mut [u8]) {
         if self.read_only || self.g.data_file {
             return;
         }
         let g = self.g;
         let mut alloc = None;
+        let mut reads = 0;
         for word in bytes.as_chunks_mut::<8>().0.iter_mut().step_by(if g.extended_l2 { 2 } else { 1 }) {
             let raw = u64::from_be_bytes(*word);
             let host = match g.l2_entry(raw) {
@@ -483,17 +486,29 @@ impl Qcow2Node {
                 // What cannot be decoded is told to whoever asks for it.
                 _ => continue,
             };
-            let a = alloc.get_or_insert_with(|| self.alloc.co_lock());
+            let cluster = host.0 >> g.cluster_bits;
+            let mut a = alloc.take().unwrap_or_else(|| self.alloc.co_lock());
+            if !a.refcounts.knows(cluster) {
+                if reads == COUNT_BLOCKS_PER_SLICE {
+                    alloc = Some(a);
+                    continue;
+                }
+                reads += 1;
+                // Who waits for it has its turn.
+                drop(a);
+                a = self.alloc.co_lock();
+            }
             // A count that cannot be read is told to whoever allocates.
-            let Ok(count) = a.refcounts.co_get(host.0 >> g.cluster_bits, self) else { return };
+            let Ok(count) = a.refcounts.co_get(cluster, self) else { return };
             if count == 0 {
-                drop(alloc);
+                drop(a);
                 self.co_mark_corrupt("a cluster in use has refcount 0", host.0);
                 return;
             }
             if count > 1 && raw & COPIED != 0 {
                 *word = (raw & !COPIED).to_be_bytes();
             }
+            alloc = Some(a);
         }
     }
 

@@ -1,6 +1,7 @@
 //! Refcounts in memory: the refcount table, a cache of refcount blocks, and how both grow.
 //!
-//! All of it is behind the image's CoMutex (`alloc`), which is held over the I/O here: only allocation and commit wait.
+//! All of it is behind the image's CoMutex (`alloc`), which is held over the I/O here: allocation and commit wait, and
+//! who loads a slice of an L2 table into a writable image.
 //!
 //! What is in memory may be written to the file at any time: a count goes up before anybody is told the cluster, and
 //! comes down only after no durable pointer to the cluster is left. So a block needs no order among its own bytes,
@@ -173,6 +174,11 @@ impl Refcounts {
         Ok(block.map_or(0, |b| g.refcount(&b.data, (cluster % per) as usize)))
     }
 
+    /// Whether the refcount of a cluster can be told without reading the file.
+    pub(super) fn knows(&self, cluster: u64) -> bool {
+        self.blocks.contains_key(&(cluster / self.per_block()))
+    }
+
     /// Sets the refcount of a cluster that has a block. Yields.
     pub(super) fn co_set(&mut self, cluster: u64, value: u64, around: &dyn Surroundings) -> Result<()> {
         let (g, per) = (self.g, self.per_block());
@@ -306,9 +312,16 @@ impl Refcounts {
             made.push((start + i, host, data));
         }
         around.co_barrier()?;
-        // As in `co_make_blocks`; a block that is missing after a crash counts nothing that is in use.
-        let bytes: Vec<u8> = made.iter().flat_map(|m| m.1.to_be_bytes()).collect();
-        self.co_write(self.table_offset + start * 8, &bytes)?;
+        // Those that count the blocks themselves first, each durable before the next: a crash may tear a write between two
+        // sectors, and would leave a pointer to a block whose own cluster counts 0. Without the others nothing in use is
+        // uncounted.
+        let counting = blocks.div_ceil(per) as usize;
+        for (i, m) in made[..counting].iter().enumerate() {
+            self.co_write(self.table_offset + (start + i as u64) * 8, &m.1.to_be_bytes())?;
+            around.co_barrier()?;
+        }
+        let bytes: Vec<u8> = made[counting..].iter().flat_map(|m| m.1.to_be_bytes()).collect();
+        self.co_write(self.table_offset + (start + counting as u64) * 8, &bytes)?;
         for (i, host, data) in made {
             self.table[i as usize] = host;
             self.make_room();
