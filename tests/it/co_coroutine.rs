@@ -55,6 +55,13 @@ pub(crate) fn run_on<T: Send + 'static>(io: &IoThread, f: impl FnOnce() -> T + S
 // ---- basics --------------------------------------------------------------------------------------------------
 
 #[test]
+fn a_panic_comes_through_run_to_end() {
+    assert_eq!(conbd::co::run_to_end(|| 7).unwrap(), 7);
+    let fallen = std::panic::catch_unwind(|| conbd::co::run_to_end(|| panic!("on purpose")));
+    assert!(fallen.is_err(), "and does not wait for ever");
+}
+
+#[test]
 fn in_coroutine_is_true_inside_only() {
     assert!(!Coroutine::in_coroutine());
     let inside = Arc::new(AtomicBool::new(false));

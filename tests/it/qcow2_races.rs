@@ -4,7 +4,9 @@ use crate::qcow2_node::{check, co_read, file, qemu_img, through_qemu};
 use crate::support::{HANG, Task, engines, iothread, run_in_coroutine, spawn_in};
 use conbd::aio::IoThread;
 use conbd::block::qcow2::{Qcow2Error, Qcow2Node, Qcow2OpenOptions};
-use conbd::block::{BlockNode, FaultAction, FaultNode, FaultOps, FaultRule, StatusFlags, WriteFlags};
+use conbd::block::{
+    BlockNode, FaultAction, FaultNode, FaultOps, FaultRule, RawNode, StatusFlags, WriteFlags,
+};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -340,6 +342,40 @@ fn a_flush_is_one_barrier_without_and_two_with_new_clusters() {
     bed.run(|n| n.co_close().expect("close"));
     check(&bed.path);
     bed.stop();
+}
+
+#[test]
+fn where_nothing_grows_metadata_finds_room_in_what_was_freed() {
+    const SMALL: u64 = 4096;
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("image.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path.to_str().unwrap(), "64M"]);
+    let thread = iothread("io", engines()[0]);
+    // As on a block device: there are 4 MiB, and no more.
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+    let device = Arc::new(RawNode::new("device", file(&path, false), 0, Some(4 << 20)).unwrap());
+    run_in_coroutine(thread.context(), move || {
+        let node = Qcow2Node::co_open(device, Qcow2OpenOptions::default()).unwrap_or_else(|e| panic!("{e}"));
+        let full = (0..2048).find(|c| write(&node, c * SMALL, SMALL, 0x11).is_err()).expect("it fills up");
+        node.co_flush().expect("flush");
+        // What is freed waits for the commits after its own.
+        for some in 0..8 {
+            node.co_pdiscard(some * 32 * SMALL, 32 * SMALL).expect("discard");
+            node.co_flush().expect("flush");
+        }
+        // Each has an L2 table of its own, which nobody has yet.
+        for far in (10..60).step_by(4) {
+            write(&node, far << 20, SMALL, 0x22).expect("there is room");
+        }
+        node.co_flush().expect("flush");
+        expect(&node, 255 * SMALL, SMALL, 0);
+        expect(&node, 256 * SMALL, SMALL, 0x11);
+        expect(&node, (full - 1) * SMALL, SMALL, 0x11);
+        expect(&node, 58 << 20, SMALL, 0x22);
+        node.co_close().expect("close");
+    });
+    check(&path);
+    thread.stop().unwrap();
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! SIGHUP while clients are connected: exports that come and go, what is told of them, credentials. Sizes are in `grow.rs`.
 
-use crate::cli_harness::{Serving, conbd, must, text};
+use crate::cli_harness::{FakeServer, Serving, conbd, must, text};
 use crate::nbd_common::{Raw, wait_for};
 use crate::pki::{Kind, Pki, Wish, issue};
 use conbd::nbd::proto::{NBD_OPT_GO, NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN};
@@ -276,4 +276,32 @@ fn credentials_are_read_again_and_bad_ones_are_not_taken() {
     assert_eq!(server(), "CN=renewed");
     let (code, log, _dir) = house.stop();
     assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_reload_longer_than_it_is_told_to() {
+    let (connected, seen) = std::sync::mpsc::channel();
+    // Takes connections, and says nothing: opening what lies on it takes as long as patience lasts.
+    let silent = FakeServer::start(move |stream| {
+        let _ = connected.send(());
+        std::io::Read::read(stream, &mut [0]).map(drop)
+    });
+    let mut house = House::new(&["a.raw"], &export("a", "a.raw", ""));
+    let backing = format!("nbd+unix:///?socket={}", text(&silent.path));
+    let top = house.path("top.qcow2");
+    must("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", &backing, "-F", "raw", text(&top), "1M"]);
+    house.configure(&format!(
+        "{}{}",
+        export("a", "a.raw", ""),
+        export("top", "top.qcow2", "backing_nbd = true")
+    ));
+    let serving = house.serving.take().unwrap();
+    serving.signal(Signal::HUP);
+    seen.recv_timeout(crate::cli_harness::PATIENCE).expect("the image is being opened");
+    serving.signal(Signal::TERM);
+    serving.wait_for_log("stopping signal");
+    serving.signal(Signal::TERM);
+    let (code, log) = serving.wait();
+    assert_eq!(code, Some(4), "the second signal ends it at once: {log}");
+    assert!(!log.contains("cannot be added"), "it had not come to an end: {log}");
 }

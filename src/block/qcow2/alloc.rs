@@ -228,7 +228,11 @@ impl Qcow2Node {
         if let Some(run) = take_from(&mut lock(self.arenas.get(shard::index())), want) {
             return Ok(run);
         }
-        let mut run = self.alloc.co_lock().co_take(self, want.max(self.arena_clusters))?;
+        let taken = self.alloc.co_lock().co_take(self, want.max(self.arena_clusters));
+        let mut run = match taken {
+            Err(e) => return self.take_hoarded(1, want, e),
+            Ok(run) => run,
+        };
         if run.count > want {
             let rest = Run { first: run.first + want, count: run.count - want, zero: run.zero };
             // The thread may be another than before; any arena will do.
@@ -238,9 +242,25 @@ impl Qcow2Node {
         Ok(run)
     }
 
+    /// Where there is no more room, takes at least `least` and at most `want` clusters side by side out of what threads have
+    /// put by. Never yields.
+    fn take_hoarded(&self, least: u64, want: u64, e: Error) -> Result<Run> {
+        if e.errno() != libc::ENOSPC {
+            return Err(e);
+        }
+        let take = |arena: &mut Vec<Run>| {
+            let at = arena.iter().position(|run| run.count >= least)?;
+            // The last is the one that is taken from.
+            arena[at..].rotate_left(1);
+            take_from(arena, want)
+        };
+        self.arenas.iter().find_map(|a| take(&mut lock(a))).ok_or(e)
+    }
+
     /// Takes `count` host clusters side by side, for metadata. Yields.
     pub(super) fn co_alloc_exact(&self, count: u64) -> Result<Run> {
-        let run = self.alloc.co_lock().co_take_exact(self, count)?;
+        let taken = self.alloc.co_lock().co_take_exact(self, count);
+        let run = taken.or_else(|e| self.take_hoarded(count, count, e))?;
         self.set_metadata_clusters(run.first..run.first + run.count, true);
         Ok(run)
     }
