@@ -249,21 +249,34 @@ impl BlockBackend {
         done
     }
 
-    /// Takes `len` bytes, not 0, for sending from the page cache, if they are there; `None` also while quiesced. The read
-    /// counts as ended; with `no_holes` also `None` if some of it is a hole: what is sent later is what the file holds then. Never yields.
+    /// Whether `len` bytes, not 0, can be sent from the page cache by [`BlockBackend::try_lend`]; see [`BlockNode::lends`]. False also
+    /// while quiesced. If true, the read counts as done. Never yields.
     ///
     /// # Panics
     /// When the range is outside of the node.
-    pub fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+    pub fn lends(&self, offset: u64, len: usize, no_holes: bool) -> bool {
         assert!(len > 0, "nothing cannot be lent");
         self.assert_bounds(offset, len as u64);
-        let r = self.try_begin()?;
-        let lent = self.root.try_lend(offset, len, no_holes)?;
-        assert!(lent.len == len, "a node lends what was asked");
-        add(&r.slot.reads, 1);
-        add(&r.slot.inline_reads, 1);
-        add(&r.slot.read_bytes, len as u64);
-        Some(lent)
+        let Some(r) = self.try_begin() else { return false };
+        let lends = self.root.lends(offset, len, no_holes);
+        if lends {
+            add(&r.slot.reads, 1);
+            add(&r.slot.inline_reads, 1);
+            add(&r.slot.read_bytes, len as u64);
+        }
+        lends
+    }
+
+    /// Shows `f` where the front of a range is in a file; see [`BlockNode::try_lend`]. False, and `f` was not called, also while quiesced.
+    /// Never yields.
+    ///
+    /// # Panics
+    /// When the range is outside of the node.
+    pub fn try_lend(&self, offset: u64, len: usize, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        assert!(len > 0, "nothing cannot be lent");
+        self.assert_bounds(offset, len as u64);
+        let Some(_in_flight) = self.try_begin() else { return false };
+        self.root.try_lend(offset, len, f)
     }
 
     /// Writes all of `buf` if that is expected not to wait; `None` when it was not tried. Never yields.

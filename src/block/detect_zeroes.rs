@@ -2,7 +2,7 @@
 //!
 //! Costs a look at every written byte, which a first byte that is not zero cuts short. Stateless; any thread.
 
-use super::{BlockNode, DepthExtent, DirtyBitmap, Extent, Limits, Result, WriteFlags, iov};
+use super::{BlockNode, DepthExtent, DirtyBitmap, Extent, Lent, Limits, Result, WriteFlags, iov};
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 
@@ -67,6 +67,14 @@ impl BlockNode for DetectZeroesNode {
 
     fn try_pread_some(&self, offset: u64, buf: &mut [u8]) -> usize {
         self.child.try_pread_some(offset, buf)
+    }
+
+    fn lends(&self, offset: u64, len: usize, no_holes: bool) -> bool {
+        self.child.lends(offset, len, no_holes)
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        self.child.try_lend(offset, len, f)
     }
 
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {

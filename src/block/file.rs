@@ -37,8 +37,8 @@ use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 /// What happens between a write's reply and the disk, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -171,8 +171,7 @@ struct Direct {
 /// A regular file or a block device of the host. See the module's text.
 pub struct FileNode {
     name: String,
-    /// Shared with what is lent.
-    file: Arc<OwnedFd>,
+    file: OwnedFd,
     /// Another description of the file, without `O_DIRECT`, for the last bytes of a file whose size is not a multiple
     /// of the block: writing them as a whole block would make the file longer.
     tail: OnceLock<OwnedFd>,
@@ -188,8 +187,6 @@ pub struct FileNode {
     direct: Option<Direct>,
     /// Unit in which space is given back, in bytes.
     discard_block: u64,
-    /// Whether ranges may be lent while they are in the page cache; false once the kernel could not tell.
-    lends: AtomicBool,
     /// Unit of zeroing by command, in bytes: the sector of a device, 1 for files.
     zero_block: u64,
     lock: LockMode,
@@ -213,6 +210,8 @@ struct Can {
     zero_range: AtomicBool,
     allocate: AtomicBool,
     dsync: AtomicBool,
+    /// The kernel tells what is in the page cache, and that is of use.
+    tell_cached: AtomicBool,
     seek: AtomicBool,
     device_zero: AtomicBool,
 }
@@ -306,7 +305,6 @@ impl FileNode {
                 rotational,
             },
             inline,
-            lends: AtomicBool::new(inline != Inline::Never),
             direct,
             discard_block: if device { sector } else { fs_block },
             zero_block: sector,
@@ -316,6 +314,7 @@ impl FileNode {
                 zero_range: AtomicBool::new(true),
                 allocate: AtomicBool::new(true),
                 dsync: AtomicBool::new(true),
+                tell_cached: AtomicBool::new(inline != Inline::Never),
                 seek: AtomicBool::new(true),
                 device_zero: AtomicBool::new(true),
             },
@@ -326,7 +325,7 @@ impl FileNode {
             status: CachePadded::new(StatusCache::new()),
             claim: None,
             sync_fault: AtomicI32::new(0),
-            file: Arc::new(file),
+            file,
         };
         node.open_tail(len).map_err(fail)?;
         Ok(node)
@@ -878,6 +877,16 @@ impl FileNode {
         })
     }
 
+    /// Whether a range is in the page cache, as far as the kernel tells.
+    fn is_cached(&self, offset: u64, len: u64) -> bool {
+        is(&self.can.tell_cached)
+            && sys::all_cached(&self.file, offset, len).unwrap_or_else(|error| {
+                tracing::debug!(node = %self.name, %error, "the kernel does not tell what is cached: nothing is lent");
+                clear(&self.can.tell_cached);
+                false
+            })
+    }
+
     /// Whether a partial page at either end of a write is in the page cache, so that the write reads nothing.
     fn edges_cached(&self, offset: u64, len: u64) -> bool {
         let cached = |at: u64| matches!(sys::pread_nowait(&self.file, &mut [0u8], at), Ok(1));
@@ -967,27 +976,22 @@ impl BlockNode for FileNode {
         r.unwrap_or(0)
     }
 
-    fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+    fn lends(&self, offset: u64, len: usize, no_holes: bool) -> bool {
         self.assert_bounds(offset, len as u64);
-        if !is(&self.lends) {
-            return None;
-        }
-        match sys::all_cached(&self.file, offset, len as u64) {
-            Ok(true)
-                if no_holes
-                    && !self.device
-                    && !matches!(sys::all_data(&self.file, offset, len as u64), Ok(true)) =>
-            {
-                None
-            }
-            Ok(true) => Some(Lent { file: Arc::clone(&self.file), offset, len }),
-            Ok(false) => None,
-            Err(error) => {
-                tracing::debug!(node = %self.name, %error, "the kernel does not tell what is cached: nothing is lent");
-                clear(&self.lends);
-                None
-            }
-        }
+        let len = len as u64;
+        self.is_cached(offset, len)
+            && (!no_holes || self.device || matches!(sys::all_data(&self.file, offset, len), Ok(true)))
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        self.assert_bounds(offset, len as u64);
+        f(&Lent { file: self.file.as_fd(), offset, len });
+        true
+    }
+
+    fn gives_back(&self, unit: u64) -> bool {
+        let whole = unit.is_multiple_of(self.discard_block);
+        whole && !self.device && self.discard == DiscardMode::Unmap && is(&self.can.punch)
     }
 
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {

@@ -57,7 +57,7 @@ pub use sim::{SimChange, SimClock, SimFile, SimOp, SimParked};
 use bitflags::bitflags;
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 bitflags! {
@@ -174,14 +174,11 @@ impl Error {
 /// Result of block operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Bytes of a node that need no copy: a range of a file whose pages are in the page cache, to be sent from there.
-///
-/// Whoever sends it reads the file at that time, not at the time of the request. That is right only where an offset of
-/// the node means the same offset of the file for ever.
-#[derive(Debug, Clone)]
-pub struct Lent {
+/// Bytes of a node that need no copy: a range of a file, to be sent from the page cache.
+#[derive(Debug)]
+pub struct Lent<'a> {
     /// The file.
-    pub file: Arc<OwnedFd>,
+    pub file: BorrowedFd<'a>,
     /// Byte offset in the file.
     pub offset: u64,
     /// Bytes; not 0.
@@ -234,11 +231,23 @@ pub trait BlockNode: Send + Sync {
         done
     }
 
-    /// Offers `len` bytes (not 0) for sending from the page cache, if all of them are there and what they are in the file
-    /// stays this node's for ever; with `no_holes` only if none of them is known to be a hole. `None`: read them.
-    /// Never yields.
-    fn try_lend(&self, _offset: u64, _len: usize, _no_holes: bool) -> Option<Lent> {
-        None
+    /// Whether all of `len` bytes (not 0) are in the page cache and [`BlockNode::try_lend`] would lend them, one piece after the other;
+    /// with `no_holes` only if none of them is known to be a hole of the file. Never yields.
+    fn lends(&self, _offset: u64, _len: usize, _no_holes: bool) -> bool {
+        false
+    }
+
+    /// Shows `f` where the front of a range (`len` is not 0) is in a file: as much of it as is side by side there. A socket may hold on to the
+    /// pages: that place in the file is this range's for ever, or nobody's. Whoever sends it reads the file at that
+    /// time; ask before whether it is [in the page cache](BlockNode::lends). False: `f` was not called; read the
+    /// range. Never yields.
+    fn try_lend(&self, _offset: u64, _len: usize, _f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        false
+    }
+
+    /// Whether [`BlockNode::co_pdiscard`] of aligned pieces of `unit` bytes gives their space back to the host, as far as is known.
+    fn gives_back(&self, _unit: u64) -> bool {
+        false
     }
 
     /// Writes all of `buf` if that is expected not to wait: `None` when it was not tried. Never yields.

@@ -145,9 +145,14 @@ impl BlockNode for RawNode {
         self.child.try_preadv_some(self.offset + offset, bufs)
     }
 
-    fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+    fn lends(&self, offset: u64, len: usize, no_holes: bool) -> bool {
         self.assert_bounds(offset, len as u64);
-        self.child.try_lend(self.offset + offset, len, no_holes)
+        self.child.lends(self.offset + offset, len, no_holes)
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        self.assert_bounds(offset, len as u64);
+        self.child.try_lend(self.offset + offset, len, f)
     }
 
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {

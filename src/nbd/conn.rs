@@ -22,7 +22,7 @@ use crate::co::{self, Coroutine, co_yield};
 use crate::util::buf::IoBuf;
 use crate::util::fast;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::AsFd;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tracing::{Span, debug, debug_span, warn};
@@ -35,6 +35,8 @@ const STATUS_MAX: usize = 64;
 const STEP: u64 = 1 << 30;
 /// Bytes per `sendmsg` at most (ours).
 const SEND_STEP: usize = 1 << 20;
+/// Bytes that are read at once where they were to be lent and cannot be any more (ours: what one `sendmsg` takes).
+const READ_STEP: u64 = 128 << 10;
 /// What a client must move within the stall timeout, if it moves a whole batch or payload no sooner (ours): a byte now
 /// and then is no progress.
 const STALL_STEP: usize = 1 << 20;
@@ -49,6 +51,8 @@ enum Sent {
     Some(usize),
     /// The whole batch has left.
     All,
+    /// Nowhere: a range of the export comes next that cannot be lent. It is to be read.
+    Read(Range<u64>),
 }
 
 /// Replies on their way out, and who has to do with them.
@@ -170,8 +174,7 @@ impl Conn {
             flags: negotiated.flags,
             style: negotiated.style,
             contexts: negotiated.contexts,
-            // Over TCP, sendfile was measured to be slower than a copy.
-            lend_from: if stream.lends() { fast::paths().lend_from } else { usize::MAX },
+            lend_from: if stream.takes_files() { fast::paths().lend_from } else { usize::MAX },
             budget,
             outbox: Mutex::default(),
             flush_bh: OnceLock::new(),
@@ -208,16 +211,22 @@ impl Conn {
     fn co_send(&self, batch: &Batch, mut sent: usize) -> bool {
         let mut transfer = Transfer { since: &self.stall.sending, moved: 0 };
         loop {
-            match self.try_send(batch, sent) {
+            let step = match self.try_send(batch, sent) {
                 Ok(Sent::All) => return true,
-                Ok(Sent::Some(n)) => {
+                Ok(Sent::Some(n)) => Ok(n),
+                Ok(Sent::Read(range)) => match self.co_read_for_sending(range) {
+                    Some(buf) => self.co_send_buf(&buf, &mut transfer),
+                    None => return false,
+                },
+                Err(e) => Err(e),
+            };
+            match step {
+                Ok(n) => {
                     sent += n;
                     transfer.moved(n);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    transfer.waits(self.ctx.now_ns());
-                    if let Err(error) = self.stream.co_wait_writable() {
-                        debug!(conn = self.id, %error, "gave up sending");
+                    if !self.co_wait_space(&transfer) {
                         return false;
                     }
                 }
@@ -227,6 +236,60 @@ impl Conn {
                 }
             }
         }
+    }
+
+    /// Waits for the client to take something. False: the connection is dead. Yields.
+    fn co_wait_space(&self, transfer: &Transfer<'_>) -> bool {
+        transfer.waits(self.ctx.now_ns());
+        self.stream
+            .co_wait_writable()
+            .inspect_err(|error| debug!(conn = self.id, %error, "gave up sending"))
+            .is_ok()
+    }
+
+    /// Reads the front of a range that was to be lent and cannot be any more. May yield.
+    fn co_read_for_sending(&self, range: Range<u64>) -> Option<IoBuf> {
+        let mut buf = IoBuf::try_new((range.end - range.start).min(READ_STEP) as usize)?;
+        if self.backend().try_pread(range.start, &mut buf) {
+            return Some(buf);
+        }
+        match self.backend().co_preadv(range.start, &mut [IoSliceMut::new(&mut buf)]) {
+            Ok(()) => Some(buf),
+            Err(e) => {
+                // The header has gone out: there is no way left to say so to the client.
+                self.shared.warn_limited(|suppressed| {
+                    warn!(
+                        peer = self.peer,
+                        conn = self.id,
+                        export = self.export.name(),
+                        error = &e as &dyn std::error::Error,
+                        suppressed,
+                        "a reply that was being sent cannot be read any more: the connection is closed"
+                    );
+                });
+                None
+            }
+        }
+    }
+
+    /// Sends all of a buffer. Returns its length. Yields.
+    fn co_send_buf(&self, buf: &IoBuf, transfer: &mut Transfer<'_>) -> io::Result<usize> {
+        let mut sent = 0;
+        while sent < buf.len() {
+            match self.stream.try_writev(&[IoSlice::new(&buf[sent..])]) {
+                Ok(n) => {
+                    sent += n;
+                    transfer.moved(n);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if !self.co_wait_space(transfer) {
+                        return Err(io::ErrorKind::ConnectionAborted.into());
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(sent)
     }
 
     /// The receiving of a payload begins.
@@ -242,11 +305,16 @@ impl Conn {
         let mut slices = [IoSlice::new(&[]); 64];
         match batch.next(sent, SEND_STEP, &mut slices) {
             Next::Slices(n) => self.stream.try_writev(&slices[..n]).map(Sent::Some),
-            Next::File(lent, offset, len) => {
-                match self.stream.try_send_file(lent.file.as_fd(), offset, len) {
-                    // The header has gone out: there is no way left to say that the file has become shorter.
-                    Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                    sent => sent.map(Sent::Some),
+            Next::Export(range) => {
+                let mut sent = None;
+                let len = (range.end - range.start) as usize;
+                self.backend().try_lend(range.start, len, &mut |lent| {
+                    sent = Some(self.stream.try_send_file(lent.file, lent.offset, lent.len));
+                });
+                match sent {
+                    // It has been freed or moved, or the file has become shorter: whoever reads it will know what to make of that.
+                    None | Some(Ok(0)) => Ok(Sent::Read(range)),
+                    Some(sent) => sent.map(Sent::Some),
                 }
             }
         }
@@ -300,7 +368,7 @@ impl Conn {
         self.after_drain();
     }
 
-    /// The bottom half: sends without waiting; a coroutine goes on if the socket is full.
+    /// The bottom half: sends without waiting; a coroutine goes on if the socket is full, or something has to be read.
     fn flush_from_loop(self: &Arc<Self>) {
         while let Some(batch) = self.take_queue() {
             let mut sent = 0;
@@ -308,7 +376,8 @@ impl Conn {
                 match self.try_send(&batch, sent) {
                     Ok(Sent::All) => break true,
                     Ok(Sent::Some(n)) => sent += n,
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    Err(e) if e.kind() != io::ErrorKind::WouldBlock => break false,
+                    Ok(Sent::Read(_)) | Err(_) => {
                         let conn = self.clone();
                         let rest = move || {
                             let ok = conn.co_send(&batch, sent);
@@ -318,7 +387,6 @@ impl Conn {
                         };
                         return Coroutine::new(rest).enter();
                     }
-                    Err(_) => break false,
                 }
             };
             drop(batch);

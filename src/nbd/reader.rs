@@ -685,20 +685,22 @@ impl Reader {
         true
     }
 
-    /// Puts a large read into the batch that is sent from the page cache, if it is all there. It takes no memory, so none is
+    /// Puts a large read into the batch that is sent from the page cache, if it is all there. It takes no memory to speak of, so none is
     /// reserved. Holes are left to the other ways if they can be told apart; zeroes in data are sent as data: to look for
     /// them would cost more than they do.
     fn try_lend(&mut self, to: ReplyTo, offset: u64, len: u32, df: bool) -> bool {
         let simple = self.conn.style == HeaderStyle::Simple;
         let no_holes = !simple && !df;
-        let Some(lent) = self.conn.backend().try_lend(offset, len as usize, no_holes) else { return false };
+        if !self.conn.backend().lends(offset, len as usize, no_holes) {
+            return false;
+        }
         if simple {
             self.batch.put(&SimpleReply { error: None, cookie: to.cookie }.encode());
         } else {
             let done = ReplyFlags::NBD_REPLY_FLAG_DONE;
             self.batch.put(&to.offset_data(done, offset, len));
         }
-        self.batch.lent(lent);
+        self.batch.export(offset, len as usize);
         true
     }
 

@@ -1,19 +1,18 @@
 //! Replies on their way out: a [`Batch`] collects many and leaves in one `sendmsg`.
 //!
 //! ```text
-//!   bufs    [ arena: hdr data hdr data … ] [ IoBuf of a large read ] [ arena … ]      files  [ lent range ]
-//!   pieces    ───────────────────────────►   ───────────►              ──►                     ──────────►
+//!   bufs    [ arena: hdr data hdr data … ] [ IoBuf of a large read ] [ arena … ]      export  … [ lent range ] …
+//!   pieces    ───────────────────────────►   ───────────►              ──►                        ──────────►
 //!             ranges, in sending order
 //! ```
 //!
 //! Small replies are built in place in an arena: a cached read goes from the page cache to where `sendmsg` takes it.
-//! Large reads keep their own buffer, or are lent by the file and sent from the page cache by `sendfile`. A batch also holds the reservations of its requests, so that their bytes are given
-//! back when the client has taken them.
+//! Large reads keep their own buffer, or are ranges of the export that the sender has lent to it from the page cache, step by step. A
+//! batch also holds the reservations of its requests, so that their bytes are given back when the client has taken them.
 
 use super::budget::Reservation;
 use super::proto::ReplyFlags;
 use super::wire::ReplyTo;
-use crate::block::Lent;
 use crate::util::buf::IoBuf;
 use std::io::IoSlice;
 use std::ops::Range;
@@ -30,7 +29,7 @@ pub const ZERO_GRAIN: usize = 4096;
 /// The same in reads that are shorter than a page: the least that the document asks chunks to be cut at.
 const SMALL_GRAIN: usize = 512;
 
-/// A range of a buffer, or of what a file lends.
+/// A range of a buffer, or of the export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
     from: Whence,
@@ -38,26 +37,28 @@ struct Piece {
     end: usize,
 }
 
-/// Index of a piece's bytes.
+/// What a piece is a range of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Whence {
+    /// The buffer with this index.
     Buf(usize),
-    File(usize),
+    /// The export, from this offset on.
+    Export(u64),
 }
 
 /// What comes next in a batch.
-pub enum Next<'b> {
+#[derive(Debug)]
+pub enum Next {
     /// That many slices were set.
     Slices(usize),
-    /// This much of a file from this offset on.
-    File(&'b Lent, u64, usize),
+    /// A range of the export, not empty.
+    Export(Range<u64>),
 }
 
 /// Replies that are ready to be sent, in order.
 #[derive(Default)]
 pub struct Batch {
     bufs: Vec<IoBuf>,
-    files: Vec<Lent>,
     pieces: Vec<Piece>,
     /// Index of the current arena, and how much of it is taken.
     arena: Option<(usize, usize)>,
@@ -182,11 +183,9 @@ impl Batch {
         self.piece(Whence::Buf(id.0), range);
     }
 
-    /// Appends what a file lends.
-    pub fn lent(&mut self, lent: Lent) {
-        let len = lent.len;
-        self.files.push(lent);
-        self.piece(Whence::File(self.files.len() - 1), 0..len);
+    /// Appends a range of the export, which the sender reads or has lent to it.
+    pub fn export(&mut self, offset: u64, len: usize) {
+        self.piece(Whence::Export(offset), 0..len);
     }
 
     fn piece(&mut self, from: Whence, range: Range<usize>) {
@@ -213,7 +212,6 @@ impl Batch {
             return;
         }
         self.bufs.clear();
-        self.files.clear();
         self.pieces.clear();
         self.arena = None;
         self.bytes = 0;
@@ -226,13 +224,12 @@ impl Batch {
             std::mem::swap(self, other);
             return;
         }
-        let (base, files) = (self.bufs.len(), self.files.len());
+        let base = self.bufs.len();
         self.bufs.append(&mut other.bufs);
-        self.files.append(&mut other.files);
         let moved = other.pieces.drain(..).map(|p| {
             let from = match p.from {
                 Whence::Buf(i) => Whence::Buf(i + base),
-                Whence::File(i) => Whence::File(i + files),
+                export => export,
             };
             Piece { from, ..p }
         });
@@ -242,9 +239,9 @@ impl Batch {
         self.held.append(&mut other.held);
     }
 
-    /// Says what is to be sent from byte `sent` on: a range of a file, or slices, which `out` is filled with; about `most`
+    /// Says what is to be sent from byte `sent` on: a range of the export, or slices, which `out` is filled with; about `most`
     /// bytes, and not less than all that is left unless it is as much.
-    pub fn next<'b>(&'b self, sent: usize, most: usize, out: &mut [IoSlice<'b>]) -> Next<'b> {
+    pub fn next<'b>(&'b self, sent: usize, most: usize, out: &mut [IoSlice<'b>]) -> Next {
         let (mut skip, mut n, mut bytes) = (sent, 0, 0);
         for piece in &self.pieces {
             let len = piece.end - piece.start;
@@ -260,10 +257,9 @@ impl Batch {
             skip = 0;
             match piece.from {
                 Whence::Buf(buf) => out[n] = IoSlice::new(&self.bufs[buf][start..end]),
-                Whence::File(_) if n > 0 => break,
-                Whence::File(file) => {
-                    let lent = &self.files[file];
-                    return Next::File(lent, lent.offset + start as u64, end - start);
+                Whence::Export(_) if n > 0 => break,
+                Whence::Export(offset) => {
+                    return Next::Export(offset + start as u64..offset + end as u64);
                 }
             }
             bytes += end - start;
@@ -436,6 +432,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn exported(range: Range<u64>) -> Vec<u8> {
+        range.map(|i| (i % 251) as u8).collect()
+    }
+
     fn sent(batch: &Batch, step: usize) -> Vec<u8> {
         let mut all = Vec::new();
         while all.len() < batch.bytes() {
@@ -443,11 +443,7 @@ mod tests {
             let before = all.len();
             match batch.next(all.len(), step, &mut slices) {
                 Next::Slices(n) => slices[..n].iter().for_each(|s| all.extend_from_slice(s)),
-                Next::File(lent, offset, len) => {
-                    let mut part = vec![0; len];
-                    rustix::io::pread(&lent.file, &mut part, offset).expect("read");
-                    all.extend_from_slice(&part);
-                }
+                Next::Export(range) => all.extend(exported(range)),
             }
             assert!(all.len() > before && all.len() - before <= step);
         }
@@ -490,24 +486,26 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lent_is_sent_in_its_place() {
-        let file = tempfile::tempfile().expect("temp file");
-        let bytes: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
-        std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).expect("write");
-        let file = std::sync::Arc::new(std::os::fd::OwnedFd::from(file));
-        let lend = |offset: u64, len| Lent { file: file.clone(), offset, len };
+    fn a_range_of_the_export_is_sent_in_its_place() {
         let mut a = Batch::new();
         a.put(b"one");
-        a.lent(lend(100, 5000));
+        a.export(100, 5000);
         a.put(b"two");
         let mut b = Batch::new();
-        b.lent(lend(7, 9000));
-        b.lent(lend(9007, 10));
+        b.export(7, 9000);
+        b.export(9007, 10);
         b.put(b"three");
         a.append(&mut b);
-        a.lent(lend(0, 1));
-        let want =
-            [b"one", &bytes[100..5100], b"two", &bytes[7..9007], &bytes[9007..9017], b"three", &bytes[..1]];
+        a.export(0, 1);
+        let want = [
+            b"one",
+            &exported(100..5100)[..],
+            b"two",
+            &exported(7..9007),
+            &exported(9007..9017),
+            b"three",
+            &exported(0..1),
+        ];
         for step in [1, 100, 4096, usize::MAX / 2] {
             assert_eq!(sent(&a, step), want.concat());
         }

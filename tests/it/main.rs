@@ -43,6 +43,7 @@ mod nbd_torture;
 mod nbd_transmission;
 mod nbd_transports;
 mod pki;
+mod qcow2_lent;
 mod qcow2_node;
 mod qcow2_races;
 mod qcow2_tools;

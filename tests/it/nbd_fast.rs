@@ -479,3 +479,36 @@ fn a_client_that_takes_no_lent_replies_is_not_read_and_gets_all_of_them_later() 
     }
     c.disc();
 }
+
+#[test]
+fn a_file_that_becomes_shorter_under_a_reply_reads_as_zeroes_from_there() {
+    const LEN: usize = 4 << 20;
+    let disk = pattern(0, LEN);
+    let (dir, node) = file_node(&disk);
+    let t = TestServer::unix(vec![export_of("", node)]);
+    for style in STYLES {
+        std::fs::write(dir.path().join("disk.raw"), &disk).unwrap();
+        let mut c = connect(&t, "", style);
+        let flags = if style == HeaderStyle::Simple { 0 } else { DF };
+        let request = read_header(&mut c, 1, flags, 0, LEN as u32);
+        c.send(&request);
+        // The reply has begun, and the socket takes no 4 MiB.
+        let header = match style {
+            HeaderStyle::Simple => 16,
+            HeaderStyle::Structured => 20 + 8,
+            HeaderStyle::Extended => 32 + 8,
+        };
+        c.recv(header);
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("disk.raw"))
+            .and_then(|f| f.set_len(4096))
+            .unwrap();
+        let got = c.recv(LEN);
+        assert_eq!(got[..4096], disk[..4096], "{style:?}");
+        let wrong = got.iter().zip(&disk).position(|(g, d)| g != d && *g != 0);
+        assert_eq!(wrong, None, "{style:?}: what the file held, or zeroes");
+        assert_eq!(c.call(NBD_CMD_FLUSH, 0, 0, 0), 0, "{style:?}: the connection goes on");
+        c.disc();
+    }
+}

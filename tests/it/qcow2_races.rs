@@ -7,7 +7,7 @@ use conbd::block::qcow2::{Qcow2Error, Qcow2Node, Qcow2OpenOptions};
 use conbd::block::{
     BlockNode, FaultAction, FaultNode, FaultOps, FaultRule, RawNode, StatusFlags, WriteFlags,
 };
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -612,63 +612,6 @@ fn nothing_is_committed_for_room_that_is_there() {
     for part in want.chunks_mut(2 << 20) {
         part[..4096].fill(0x11);
     }
-    bed.end(&want);
-}
-
-#[test]
-fn only_what_nobody_changes_is_lent() {
-    let backing = (0..1 << 20).map(|i| (i / 4096 % 251) as u8).collect::<Vec<u8>>();
-    let bed = Bed::new("cluster_size=64k", "1M", Some(backing.clone()));
-    bed.run(|n| {
-        // In this order: two neighbours in the disk that are none in the file.
-        write(n, 2 * C, C, 0x22).expect("write");
-        write(n, C, C, 0x11).expect("write");
-        n.co_flush().expect("flush");
-        co_read(n, 0, 1 << 20);
-    });
-    let (c, p) = (C as usize, bed.path.clone());
-    let mut want = backing;
-    want[c..2 * c].fill(0x11);
-    want[2 * c..3 * c].fill(0x22);
-    let base = bed.dir.path().join("base.raw");
-    let lent = move |n: &Qcow2Node, offset: u64, len: usize| {
-        let l = n.try_lend(offset, len, false)?;
-        let mut got = vec![0; l.len];
-        std::fs::File::from(l.file.try_clone().unwrap()).read_exact_at(&mut got, l.offset).unwrap();
-        Some(got)
-    };
-    let all = want.clone();
-    bed.run(move |n| {
-        for at in [C - 4096, 2 * C - 4096, 3 * C - 4096, 5 * C] {
-            let mut got = [[0xee; 4096], [0xee; 4096]];
-            let [a, b] = &mut got;
-            let n = n.try_preadv_some(at, &mut [IoSliceMut::new(a), IoSliceMut::new(b)]);
-            assert_eq!(n, 8192, "all of it is in memory");
-            assert_eq!(got.concat(), all[at as usize..at as usize + 8192], "at {at:#x}");
-        }
-    });
-    let all = want.clone();
-    bed.run(move |_| {
-        for read_only in [true, false] {
-            // Nothing is written through this one, so it leaves the image alone.
-            let backing = Some(file(&base, true));
-            let options = Qcow2OpenOptions { backing, read_only, ..Default::default() };
-            let n = Qcow2Node::co_open(file(&p, read_only), options).unwrap_or_else(|e| panic!("{e}"));
-            co_read(&*n, 0, 1 << 20);
-            for (at, len) in [(C, c), (C + 4096, 4096), (2 * C, c)] {
-                let got = lent(&n, at, len);
-                let want = read_only.then(|| all[at as usize..at as usize + len].to_vec());
-                assert!(got == want, "{len} bytes at {at:#x}: a written image's clusters may be used again");
-            }
-            for (at, len) in [(0, c), (5 * C, 3 * c)] {
-                let got =
-                    lent(&n, at, len).unwrap_or_else(|| panic!("the backing image's {at:#x} is not lent"));
-                assert!(got == all[at as usize..at as usize + len], "at {at:#x}");
-            }
-            assert_eq!(lent(&n, C, 2 * c), None, "it lies in two pieces");
-            assert_eq!(lent(&n, 0, 2 * c), None, "it lies in two files");
-        }
-    });
     bed.end(&want);
 }
 

@@ -8,7 +8,7 @@
 //! Quarantine: a cluster that was unlinked keeps its count, in memory and on disk, until no durable pointer to it is
 //! left *and* every request that had looked it up has ended (`epoch`). Only then it is punched, counted down and may be
 //! handed out again. So nobody ever reads or writes another guest cluster's data through an old lookup, and no
-//! crash state has a pointer to a cluster with somebody else's data.
+//! crash state has a pointer to a cluster with somebody else's data. What was lent is not handed out again at all (`lent.rs`).
 //!
 //! Known zero: a cluster past the end of the file at open, that this process has not freed since, reads as zeroes.
 
@@ -66,7 +66,7 @@ pub(super) struct Alloc {
     pub(super) refcounts: Refcounts,
     /// Free clusters below `scan`: first → count.
     free: BTreeMap<u64, u64>,
-    /// Clusters below are in use or in `free`.
+    /// Clusters below are in use, in `free`, or were lent.
     scan: u64,
     /// Clusters with refcount 0 from here on read as zeroes; `u64::MAX` where that is not known.
     fresh: u64,
@@ -113,6 +113,22 @@ impl Alloc {
         }
     }
 
+    /// [`Refcounts::co_find_free`], passing over what was lent. Yields.
+    fn co_find(&mut self, mut from: u64, want: u64, node: &Qcow2Node) -> Result<Option<(u64, u64)>> {
+        let per = self.refcounts.per_block();
+        let block = from / per;
+        while from / per == block {
+            let Some((first, n)) = self.refcounts.co_find_free(from, want, node)? else { return Ok(None) };
+            let end = first + n;
+            let lent = |c: &u64| node.lent.contains(*c);
+            if let Some(start) = (first..end).find(|c| !lent(c)) {
+                return Ok(Some((start, (start + 1..end).find(lent).unwrap_or(end) - start)));
+            }
+            from = end;
+        }
+        Ok(None)
+    }
+
     /// Finds at most `want` free clusters, at least 1, and counts them as used, in memory. Yields.
     fn co_take(&mut self, node: &Qcow2Node, want: u64) -> Result<Run> {
         debug_assert!(want > 0);
@@ -130,7 +146,7 @@ impl Alloc {
             self.refcounts.co_ensure_block(self.scan, node)?;
             self.add_grown();
             let per = self.refcounts.per_block();
-            let Some((first, found)) = self.refcounts.co_find_free(self.scan, want, node)? else {
+            let Some((first, found)) = self.co_find(self.scan, want, node)? else {
                 self.scan = (self.scan / per + 1) * per;
                 continue;
             };
@@ -174,7 +190,7 @@ impl Alloc {
             node.check_host(at)?;
             self.refcounts.co_ensure_block(at, node)?;
             self.add_grown();
-            match self.refcounts.co_find_free(at, count - have, node)? {
+            match self.co_find(at, count - have, node)? {
                 Some((f, n)) if f == at => have += n,
                 Some((f, n)) => (first, have) = (f, n),
                 None => {
@@ -322,12 +338,14 @@ impl Qcow2Node {
     /// Punches and counts down. The clusters belong to nobody. Yields.
     fn co_release(&self, freed: &Freed) -> Result<()> {
         let bits = self.g.cluster_bits;
-        if freed.punch && self.discard {
+        // What was lent is of no more use to anybody: its space is given back in any case.
+        let punch = |c: &u64| freed.punch || self.lent.contains(*c);
+        if self.discard && freed.clusters.clone().any(|c| punch(&c)) {
             // Only what nobody else shares.
             let mut alone: Vec<Range<u64>> = Vec::new();
             {
                 let mut a = self.alloc.co_lock();
-                for c in freed.clusters.clone() {
+                for c in freed.clusters.clone().filter(punch) {
                     if a.refcounts.co_get(c, self)? != 1 {
                         continue;
                     }
@@ -357,7 +375,9 @@ impl Qcow2Node {
             a.refcounts.co_set(c, count - 1, self)?;
             if count == 1 {
                 self.set_metadata_clusters(c..c + 1, false);
-                a.add_free(c..c + 1);
+                if !self.lent.contains(c) {
+                    a.add_free(c..c + 1);
+                }
             }
         }
         Ok(())

@@ -3,6 +3,7 @@
 //! ```text
 //!   node.rs      open, close, first change, faults      read.rs, write.rs, zero.rs, grow.rs   requests
 //!   l2.rs, seq.rs the mapping in memory, lock-free      epoch.rs   who may still use what was unlinked
+//!   lent.rs      what sockets may hold on to
 //!   claims.rs    who may change which guest clusters    alloc.rs, refcounts.rs   host clusters, quarantine
 //!   commit.rs    what becomes durable in which order    compressed.rs, inflate.rs   compressed clusters
 //!   entry.rs, error.rs, header.rs, snapshot.rs, bitmap.rs   what the bytes mean (pure)
@@ -33,6 +34,7 @@ pub mod header;
 mod inflate;
 mod io;
 mod l2;
+mod lent;
 mod node;
 mod options;
 mod read;

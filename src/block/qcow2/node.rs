@@ -14,6 +14,7 @@ use super::entry::{COPIED, Geometry, L2Entry};
 use super::epoch::Epochs;
 use super::header::{Compression, Header, Incompatible, Purpose};
 use super::l2::{Kind, Mapper};
+use super::lent::LentClusters;
 use super::refcounts::{Refcounts, Surroundings};
 use super::snapshot::Snapshot;
 use super::{FormatError, GuestOffset, Qcow2Error, Qcow2OpenOptions, WriteHook};
@@ -80,6 +81,7 @@ pub struct Qcow2Node {
     pub(super) l1_dirty: Mutex<BTreeSet<u64>>,
     pub(super) commits: Commits,
     pub(super) compressed: CompressedCache,
+    pub(super) lent: LentClusters,
     /// Host clusters that hold metadata; kept of writable images only.
     /// A cluster that two tables were found to lie in when the image was opened.
     overlap: OnceLock<u64>,
@@ -216,6 +218,7 @@ impl Qcow2Node {
             l1_dirty: Mutex::new(BTreeSet::new()),
             commits: Commits::new(),
             compressed: CompressedCache::new(g.cluster_size()),
+            lent: LentClusters::default(),
             metadata: RwLock::new(HashSet::new()),
             overlap: OnceLock::new(),
             header: Mutex::new(header),
@@ -707,9 +710,14 @@ impl BlockNode for Qcow2Node {
         self.try_readv(offset, bufs)
     }
 
-    fn try_lend(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+    fn lends(&self, offset: u64, len: usize, no_holes: bool) -> bool {
         self.assert_bounds(offset, len as u64);
-        self.try_lend_unchanging(offset, len, no_holes)
+        self.lends_all(offset, len as u64, no_holes)
+    }
+
+    fn try_lend(&self, offset: u64, len: usize, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        self.assert_bounds(offset, len as u64);
+        self.try_lend_front(offset, len as u64, f)
     }
 
     fn try_pwrite(&self, offset: u64, buf: &[u8]) -> Option<Result<()>> {

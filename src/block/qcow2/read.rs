@@ -227,24 +227,40 @@ impl Qcow2Node {
         done
     }
 
-    /// Lends what nobody will change: data in an image that is open for reading only, or in one below. Never what is in an
-    /// image that is written: its clusters may be freed and used again while a client has not read the reply, and the
-    /// pages would go on to show what they hold then. Never yields.
-    pub(super) fn try_lend_unchanging(&self, offset: u64, len: usize, no_holes: bool) -> Option<Lent> {
+    /// Whether all of a range is data in the page cache that can be lent. Never yields.
+    pub(super) fn lends_all(&self, offset: u64, len: u64, no_holes: bool) -> bool {
         let _ticket = self.epochs.ticket();
-        match self.try_find(offset, len as u64)? {
-            Source::Image(node, Mapping { kind: Kind::Data { host, .. }, len: found })
-                if node.read_only()
-                    && found == len as u64
-                    && super::io::is_inside(node.data(), host, found) =>
-            {
-                node.data().try_lend(host, len, no_holes)
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let Some(source) = self.try_find(at, end - at) else { return false };
+            let Some(holder) = Holder::of(&source, at) else { return false };
+            let lends = holder.image.is_none_or(Qcow2Node::may_lend)
+                && holder.node.lends(holder.offset, source.len() as usize, no_holes);
+            if !lends {
+                return false;
             }
-            Source::Other(b, found) if b.read_only() && found == len as u64 => {
-                b.try_lend(offset, len, no_holes)
-            }
-            _ => None,
+            at += source.len();
         }
+        true
+    }
+
+    /// Lends the front of a range; see `lent.rs`. The ticket keeps its clusters from being freed before they are marked. Never
+    /// yields.
+    pub(super) fn try_lend_front(&self, offset: u64, len: u64, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
+        let _ticket = self.epochs.ticket();
+        let Some(source) = self.try_find(offset, len) else { return false };
+        let Some(holder) = Holder::of(&source, offset) else { return false };
+        let marked = holder.image.is_none_or(|image| {
+            let end = holder.offset + source.len() - 1;
+            let bits = image.g.cluster_bits;
+            image.may_lend() && image.lent.mark(holder.offset >> bits..(end >> bits) + 1)
+        });
+        marked && holder.node.try_lend(holder.offset, source.len() as usize, f)
+    }
+
+    /// Whether clusters may be lent that are out of use for good once they are freed.
+    fn may_lend(&self) -> bool {
+        self.discard && self.file.grows() && self.file.gives_back(self.g.cluster_size())
     }
 
     pub(super) fn co_status(&self, offset: u64, len: u64) -> Result<Extent> {
@@ -317,6 +333,30 @@ impl Qcow2Node {
             }
         }
         Ok(true)
+    }
+}
+
+/// Where the data at a guest offset is.
+struct Holder<'a> {
+    node: &'a dyn BlockNode,
+    offset: u64,
+    /// The image that may free it and use its place for other data; none if nobody will.
+    image: Option<&'a Qcow2Node>,
+}
+
+impl<'a> Holder<'a> {
+    fn of(source: &'a Source<'_>, at: u64) -> Option<Holder<'a>> {
+        match source {
+            Source::Image(image, Mapping { kind: Kind::Data { host, .. }, len })
+                if super::io::is_inside(image.data(), *host, *len) =>
+            {
+                // In a data file each guest offset has its own place.
+                let stays = image.read_only() || image.data_file.is_some();
+                Some(Holder { node: image.data(), offset: *host, image: (!stays).then_some(*image) })
+            }
+            Source::Other(b, _) if b.read_only() => Some(Holder { node: *b, offset: at, image: None }),
+            _ => None,
+        }
     }
 }
 
