@@ -22,7 +22,7 @@
 //! the process at once with [`EXIT_AT_ONCE`].
 
 use crate::aio::engine::EngineChoice;
-use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig};
+use crate::aio::{AioConfig, AioContext, Interest, IoThread, PollConfig, PollTrial};
 use crate::block::qcow2::SnapshotSel;
 use crate::block::{
     self, BlockBackend, CacheMode, DiscardMode, LockMode, OpenError, OpenOptions, OpenRemote,
@@ -330,6 +330,7 @@ impl Service<'_> {
     /// # Errors
     /// Whatever keeps it from starting.
     pub fn run(self, signal_fd: OwnedFd, log: &Arc<LogGuard>) -> Result<Outcome, DaemonError> {
+        let poll_trial = PollTrial::new();
         let aio = |name: String| AioConfig {
             name,
             engine: self.threads.aio,
@@ -340,10 +341,12 @@ impl Service<'_> {
                 // One long wait among short ones is not the end of them.
                 shrink: 2,
             },
+            poll_trial: Some(Arc::clone(&poll_trial)),
             ..AioConfig::default()
         };
         // The main loop accepts and hears signals; it does not spin.
-        let main_config = AioConfig { poll: AioConfig::default().poll, ..aio("main".to_owned()) };
+        let main_config =
+            AioConfig { poll: AioConfig::default().poll, poll_trial: None, ..aio("main".to_owned()) };
         let main = AioContext::new(main_config).map_err(system("start the main event loop"))?;
         let mut threads = Vec::new();
         for i in 0..self.threads.iothreads {

@@ -19,6 +19,7 @@ use super::engine::{self, Completion, Engine, EngineChoice, EngineKind, Op};
 use super::handler::{HandlerFn, HandlerTable};
 use super::home::HomeCell;
 use super::notifier::Notifier;
+use super::poll_trial::PollTrial;
 use super::polling::{Gate, PollWindow, Spin};
 use super::timer::{self, TimerInner, TimerList};
 use super::{BottomHalf, Clock, HandlerId, Interest, PollConfig, Readiness, Runnable, Timer};
@@ -51,6 +52,8 @@ pub struct AioConfig {
     pub name: String,
     /// Busy polling.
     pub poll: PollConfig,
+    /// Whether that pays, tried together with other contexts; none: it does.
+    pub poll_trial: Option<Arc<PollTrial>>,
     /// Which engine does read, write, fsync, fallocate.
     pub engine: EngineChoice,
     /// Most worker threads of this context's pool.
@@ -64,6 +67,7 @@ impl Default for AioConfig {
         AioConfig {
             name: String::from("aio"),
             poll: PollConfig { max_ns: 0, grow: 0, shrink: 0 },
+            poll_trial: None,
             engine: EngineChoice::Auto,
             pool_threads: 16,
             clock: Clock::Monotonic,
@@ -195,6 +199,7 @@ pub struct AioContext {
     clock: Clock,
     engine_kind: EngineKind,
     wake: Arc<Wake>,
+    poll_trial: Option<(Arc<PollTrial>, Arc<Counter>)>,
     list: BhList<Work>,
     home: HomeCell<Home>,
 }
@@ -238,6 +243,10 @@ impl AioContext {
             clock: config.clock,
             engine_kind,
             wake,
+            poll_trial: config.poll_trial.map(|trial| {
+                let work = trial.join();
+                (trial, work)
+            }),
             list: BhList::new(),
             home: HomeCell::new(Home {
                 poll,
@@ -343,7 +352,9 @@ impl AioContext {
         let notifier = &self.wake.notifier;
         // Real time even under a mock clock: this is about the machine.
         let start = h.window.enabled().then(|| Clock::Monotonic.now_ns());
-        let waited = || start.map(|s| Clock::Monotonic.now_ns() - s);
+        let pays = |now: &u64| self.poll_trial.as_ref().is_none_or(|(trial, _)| trial.allows(*now));
+        // A wait that nobody was to shorten teaches nothing about how long to poll.
+        let start = start.filter(pays);
         if let Some(start) = start
             && h.window.ns() > 0
             && h.gate.is_open(start)
@@ -377,7 +388,7 @@ impl AioContext {
             h.poll_fds(Some(Duration::ZERO));
         }
         notifier.end_block();
-        waited()
+        start.map(|s| Clock::Monotonic.now_ns() - s)
     }
 
     fn run_completions(self: &Arc<Self>) -> bool {
@@ -645,6 +656,15 @@ impl AioContext {
                 h.engine.as_ref().map_or(0, |e| e.in_flight()) + h.pool.as_ref().map_or(0, |p| p.in_flight());
             (h.handlers.len(), h.timers.len(), io)
         })
+    }
+
+    /// Counts what has been done for somebody, in a unit of the caller's: by how much more of it comes about, polling is judged
+    /// ([`PollTrial`]). Home thread only; never yields.
+    pub fn note_work(&self, units: u64) {
+        if let Some((_, work)) = &self.poll_trial {
+            debug_assert!(self.is_home(), "counted by the home thread");
+            work.add(units);
+        }
     }
 
     /// Changes busy polling. Home thread only; never yields.

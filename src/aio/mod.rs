@@ -6,7 +6,7 @@
 //!
 //! - `context.rs`: one turn of the loop   - `bh.rs`, `bh_list.rs`: bottom halves and the list they arrive in
 //! - `notifier.rs`: who must write the eventfd   - `handler.rs`: fd handlers   - `timer.rs`: timers
-//! - `polling.rs`: adaptive busy polling   - `home.rs`: thread affinity, checked   - `iothread.rs`: threads
+//! - `polling.rs`, `poll_trial.rs`: adaptive busy polling, and whether it pays   - `home.rs`: thread affinity, checked   - `iothread.rs`: threads
 //! - [`engine`]: asynchronous file I/O, by io_uring or by threads
 
 mod bh;
@@ -17,6 +17,7 @@ mod handler;
 mod home;
 mod iothread;
 mod notifier;
+mod poll_trial;
 mod polling;
 mod runnable;
 mod timer;
@@ -25,6 +26,7 @@ pub use bh::BottomHalf;
 pub use context::{AioConfig, AioContext, ContextCounters};
 pub use handler::{HandlerId, Interest, Readiness};
 pub use iothread::{IoThread, OnPanic};
+pub use poll_trial::PollTrial;
 pub use polling::PollConfig;
 pub use runnable::Runnable;
 pub use timer::{Clock, Timer};

@@ -38,6 +38,9 @@ const RUN_MAX: usize = 16;
 const RUN_BYTES: usize = FLUSH_AT;
 /// Smallest request of a run (ours; a hole's chunk must fit in its place).
 const RUN_PART_MIN: u32 = 512;
+/// What a request counts as, beside its bytes, when it is judged how much was done in a time (ours: a stream of large reads does not
+/// outweigh everything else).
+const REQUEST_WORK: u64 = 64 << 10;
 /// Unsent replies beyond which the reader waits for the sender (ours).
 const QUEUE_MAX: usize = 256 << 10;
 
@@ -391,6 +394,8 @@ impl Reader {
     fn co_request(&mut self, h: RequestHeader) -> Result<(), End> {
         let conn = self.conn.clone();
         self.totals.requests += 1;
+        let moved = if [NBD_CMD_READ, NBD_CMD_WRITE].contains(&h.cmd) { h.len } else { 0 };
+        conn.ctx.note_work(REQUEST_WORK + moved);
         conn.counters.requests[usize::from(h.cmd).min(conn.counters.requests.len() - 1)].add(1);
         let Some(payload) = request::payload_len(&h, self.extended) else {
             return Err(End::TooLong(h.len));
@@ -572,6 +577,7 @@ impl Reader {
         let more = (parts - 1) as u64;
         self.rx.consume(bytes);
         self.totals.requests += more;
+        self.conn.ctx.note_work(more * (REQUEST_WORK + h.len));
         self.conn.counters.requests[usize::from(h.cmd)].add(more);
         self.turn_requests += parts as u32 - 1;
     }
