@@ -24,9 +24,11 @@ use super::lock_bytes::{LockError, LockMode, lock_image, unlock_image};
 use super::quick_writes::QuickWrites;
 use super::range_lock::RangeLock;
 use super::status_cache::{Invalidate, SCAN_EXTENTS, Scan, StatusCache};
+use super::write_behind::{self, WriteBehind};
 use super::{
     BlockNode, Error, Extent, FlushGroup, Lent, Limits, OpenError, Result, StatusFlags, WriteFlags, iov,
 };
+use crate::aio::AioContext;
 use crate::co;
 use crate::util::buf::IoBuf;
 use crate::util::sys;
@@ -37,8 +39,8 @@ use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// What happens between a write's reply and the disk, in QEMU's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -192,6 +194,7 @@ pub struct FileNode {
     lock: LockMode,
     can: Can,
     quick: QuickWrites,
+    behind: Arc<WriteBehind>,
     // Padded: flushes and status queries write here, and every request reads what is above.
     flush: CachePadded<FlushGroup>,
     ranges: CachePadded<RangeLock>,
@@ -319,6 +322,7 @@ impl FileNode {
                 device_zero: AtomicBool::new(true),
             },
             quick: QuickWrites::default(),
+            behind: Arc::default(),
             flush: CachePadded::new(FlushGroup::new()),
             ranges: CachePadded::new(RangeLock::new()),
             extend: CachePadded::new(RangeLock::new()),
@@ -426,6 +430,12 @@ impl FileNode {
     #[must_use]
     pub fn syncs(&self) -> u64 {
         self.flush.syncs()
+    }
+
+    /// How many bytes of long streams were handed to the disk before anybody asked for it; for tests and metrics.
+    #[must_use]
+    pub fn written_behind(&self) -> u64 {
+        self.behind.handed_over()
     }
 
     /// Makes the next fdatasync fail with `errno` instead of being done. For tests of what follows.
@@ -877,6 +887,20 @@ impl FileNode {
         })
     }
 
+    /// After a write: hands to the disk what lies behind a long stream.
+    fn write_behind(&self, written: std::ops::Range<u64>) {
+        if written.end - written.start < write_behind::WRITE_MIN || self.cache != CacheMode::Writeback {
+            return;
+        }
+        let Some(ctx) = AioContext::current() else { return };
+        let Some(piece) = self.behind.wrote(written) else { return };
+        let Ok(file) = self.file.try_clone() else { return self.behind.done() };
+        let behind = Arc::clone(&self.behind);
+        let work = move || sys::begin_writeback(&file, piece.start, piece.end - piece.start).map(|()| 0);
+        // Errors are kept by the kernel, and found by the flush.
+        ctx.submit_blocking(Box::new(work), Box::new(move |_| behind.done()));
+    }
+
     /// Whether a range is in the page cache, as far as the kernel tells.
     fn is_cached(&self, offset: u64, len: u64) -> bool {
         is(&self.can.tell_cached)
@@ -1027,6 +1051,7 @@ impl BlockNode for FileNode {
                 if extending.is_some() {
                     self.len.fetch_max(end, Ordering::SeqCst);
                 }
+                self.write_behind(offset..end);
                 Some(Ok(()))
             }
             // A short write is the front of an error: the whole write again gets the whole story.
@@ -1050,7 +1075,9 @@ impl BlockNode for FileNode {
         self.assert_bounds(offset, len);
         let _invalidate = Invalidate(&self.status);
         self.co_extending(offset..offset + len, || self.co_write(offset, bufs, self.durable(flags)))
-            .map_err(|e| Error::new("pwritev", &self.name, offset, e))
+            .map_err(|e| Error::new("pwritev", &self.name, offset, e))?;
+        self.write_behind(offset..offset + len);
+        Ok(())
     }
 
     fn co_pwrite_zeroes(&self, offset: u64, len: u64, flags: WriteFlags) -> Result<()> {

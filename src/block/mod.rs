@@ -38,6 +38,7 @@ mod shard;
 mod sim;
 mod status_cache;
 mod wait;
+mod write_behind;
 
 pub use backend::{BackendStats, BlockBackend, Drained};
 pub use chain::{BackingName, MAX_DEPTH, OpenRemote, RemoteName, backing_of, co_read_header};

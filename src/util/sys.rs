@@ -218,6 +218,19 @@ pub fn all_cached(fd: impl AsFd, offset: u64, len: u64) -> io::Result<bool> {
     Ok(stat[0] >= pages)
 }
 
+/// Begins to write the dirty pages of a range to the disk (`sync_file_range` with `SYNC_FILE_RANGE_WRITE` alone). Does not wait for them, but may
+/// for room in the disk's queue. Promises nothing, and leaves errors for who syncs.
+///
+/// # Errors
+/// What the system call reports.
+#[expect(unsafe_code, reason = "sync_file_range")]
+pub fn begin_writeback(fd: impl AsFd, offset: u64, len: u64) -> io::Result<()> {
+    let (offset, len) = (off(offset)?, off(len)?);
+    // SAFETY: no memory is passed, and the descriptor is open.
+    cvt(unsafe { libc::sync_file_range(fd.as_fd().as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) })
+        .map(drop)
+}
+
 // ------------------------------------------------------------------------------------------------- signals
 
 /// A signal taken from [`signal_fd`].

@@ -1,0 +1,121 @@
+//! WriteBehind: begins to write a long sequential stream of buffered writes to the disk while it still goes on.
+//!
+//! The kernel leaves dirty pages alone for seconds. A copy that ends with a flush (`qemu-img convert`, an importer, a restore) then first
+//! fills memory, and then waits for the disk: one after the other, what could be done at the same time. So once one stream has written
+//! much, what lies a little behind its end is handed to the disk, piece by piece. Nothing is promised by that, and nothing
+//! is learned from it: errors are found by the flush.
+//!
+//! A stream is writes in large pieces, each near the end of what was written before (`qemu-img convert -W` has 16 of 2 MiB under way, in any
+//! order). Several at once (nbdcopy with its four connections) are none: they keep all CPUs busy, and such clients seldom flush.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// Smallest write that counts, in bytes (ours: what copies do, and guests at work do not).
+pub(super) const WRITE_MIN: u64 = 256 << 10;
+
+/// How far from the stream's end a write may be, in bytes (ours: the 32 MiB that qemu-img has under way).
+const NEAR: u64 = 32 << 20;
+
+/// Bytes of a stream before anything is done about it (ours).
+const BEGIN: u64 = 64 << 20;
+
+/// Bytes that are handed over at once (ours).
+const PIECE: u64 = 16 << 20;
+
+#[derive(Debug, Default)]
+struct Stream {
+    /// The end of what was written.
+    end: u64,
+    written: u64,
+    /// Handed over up to here.
+    behind: u64,
+    /// A piece is being handed over.
+    busy: bool,
+    /// Bytes handed over, of all streams.
+    handed: u64,
+}
+
+/// The stream of one file. Any thread.
+#[derive(Debug, Default)]
+pub(super) struct WriteBehind {
+    stream: Mutex<Stream>,
+}
+
+impl WriteBehind {
+    /// Learns from a write of at least [`WRITE_MIN`] bytes that has been done. Returns what is to be handed over now; then
+    /// [`WriteBehind::done`] is to be called. Never waits.
+    pub(super) fn wrote(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let mut s = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        if range.start.abs_diff(s.end) > NEAR {
+            *s = Stream { end: range.start, written: 0, behind: range.start, ..*s };
+        }
+        s.end = s.end.max(range.end);
+        s.written += range.end - range.start;
+        if s.busy || s.written < BEGIN || s.end - s.behind < NEAR + PIECE {
+            return None;
+        }
+        s.busy = true;
+        let piece = s.behind..s.behind + PIECE;
+        s.behind = piece.end;
+        s.handed += PIECE;
+        Some(piece)
+    }
+
+    /// Bytes handed over so far.
+    pub(super) fn handed_over(&self) -> u64 {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner).handed
+    }
+
+    /// The piece has been handed over.
+    pub(super) fn done(&self) {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner).busy = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const M: u64 = 1 << 20;
+
+    /// Writes as told; returns all that was handed over.
+    fn run(writes: impl IntoIterator<Item = (u64, u64)>) -> Vec<Range<u64>> {
+        let behind = WriteBehind::default();
+        let mut all = Vec::new();
+        for (at, len) in writes {
+            if let Some(piece) = behind.wrote(at..at + len) {
+                assert!(behind.wrote(at..at + len).is_none(), "one piece at a time");
+                behind.done();
+                all.push(piece);
+            }
+        }
+        all
+    }
+
+    fn joined(pieces: &[Range<u64>]) -> Option<Range<u64>> {
+        assert!(pieces.windows(2).all(|w| w[0].end == w[1].start), "side by side: {pieces:?}");
+        Some(pieces.first()?.start..pieces.last()?.end)
+    }
+
+    #[test]
+    fn one_long_stream_is_followed_at_a_distance() {
+        let all = run((0..128).map(|i| ((500 + i * 2) * M, 2 * M)));
+        assert_eq!(joined(&all), Some(500 * M..724 * M));
+    }
+
+    #[test]
+    fn the_order_of_its_writes_does_not_matter() {
+        // 16 of them at a time, the last one first.
+        let order = (0..16).flat_map(|batch| (0..16).rev().map(move |i| ((batch * 16 + i) * 2 * M, 2 * M)));
+        let all = run(order);
+        assert_eq!(joined(&all), Some(0..480 * M));
+    }
+
+    #[test]
+    fn several_streams_and_short_ones_are_left_alone() {
+        assert_eq!(run((0..2000).map(|i| ((i % 4) * 128 * M + i / 4 * 256 * 1024, 256 * 1024))), []);
+        assert_eq!(run((0..60).map(|i| (i * M, M))), []);
+        assert_eq!(run((0..500).map(|i| ((i * 7919 % 1000) * 100 * M, M))), []);
+    }
+}
