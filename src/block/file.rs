@@ -265,7 +265,10 @@ impl FileNode {
             _ => return Err(OpenError::NotAnImage { path: path.clone() }),
         };
         let status = rustix::fs::fcntl_getfl(&file).map_err(fail)?;
-        rustix::fs::fcntl_setfl(&file, status - OFlags::NONBLOCK).map_err(fail)?;
+        let status = status - OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(&file, status).map_err(fail)?;
+        // Nobody asks when an image was read last. The owner of the file, or root, may say so; others read as before.
+        let _ = rustix::fs::fcntl_setfl(&file, status | OFlags::NOATIME);
 
         lock_image(file.as_fd(), options.lock, options.read_only).map_err(|e| match e {
             LockError::Held { byte, meaning, holder } => {
