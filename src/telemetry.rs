@@ -113,10 +113,11 @@ where
 }
 
 /// The filter, with what the coroutine library says of its own set-up left out unless the filter names the library: it is
-/// no news to anybody who runs a server. Its warnings and errors are kept.
+/// no news to anybody who runs a server. Its warnings and errors are kept, but for those of its own I/O, which is not used: a stopped and
+/// continued process is an error there.
 fn with_libraries(filter: &str) -> String {
     let silent = |level: &str| ["off", "error"].contains(&level.trim().to_ascii_lowercase().as_str());
-    if filter.split(',').any(silent) { filter.to_owned() } else { format!("may=warn,{filter}") }
+    if filter.split(',').any(silent) { filter.to_owned() } else { format!("may=warn,may::io=off,{filter}") }
 }
 
 /// Keeps the log thread; dropping it writes what is queued (for at most two seconds).
