@@ -250,7 +250,8 @@ impl BlockBackend {
     }
 
     /// Whether `len` bytes, not 0, can be sent from the page cache by [`BlockBackend::try_lend`]; see [`BlockNode::lends`]. False also
-    /// while quiesced. If true, the read counts as done. Never yields.
+    /// while quiesced. If true, the read counts as done; what has to be read after
+    /// all counts again. Never yields.
     ///
     /// # Panics
     /// When the range is outside of the node.

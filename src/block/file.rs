@@ -897,11 +897,12 @@ impl FileNode {
         }
         let Some(ctx) = AioContext::current() else { return };
         let Some(piece) = self.behind.wrote(written) else { return };
-        let Ok(file) = self.file.try_clone() else { return self.behind.done() };
+        let Ok(file) = self.file.try_clone() else { return self.behind.done(0) };
         let behind = Arc::clone(&self.behind);
-        let work = move || sys::begin_writeback(&file, piece.start, piece.end - piece.start).map(|()| 0);
+        let len = piece.end - piece.start;
+        let work = move || sys::begin_writeback(&file, piece.start, len).map(|()| len as usize);
         // Errors are kept by the kernel, and found by the flush.
-        ctx.submit_blocking(Box::new(work), Box::new(move |_| behind.done()));
+        ctx.submit_blocking(Box::new(work), Box::new(move |r| behind.done(r.unwrap_or(0) as u64)));
     }
 
     /// Whether a range is in the page cache, as far as the kernel tells.
@@ -1012,8 +1013,11 @@ impl BlockNode for FileNode {
 
     fn try_lend(&self, offset: u64, len: usize, f: &mut dyn FnMut(&Lent<'_>)) -> bool {
         self.assert_bounds(offset, len as u64);
-        f(&Lent { file: self.file.as_fd(), offset, len });
-        true
+        let lends = is(&self.can.tell_cached);
+        if lends {
+            f(&Lent { file: self.file.as_fd(), offset, len });
+        }
+        lends
     }
 
     fn gives_back(&self, unit: u64) -> bool {

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! A node is a [`BlockNode`]; nodes are shared by `Arc` and used by coroutines of all IOThreads at once. Nothing
-//! here belongs to one thread. Reads and overwrites of one image on different threads share no lock and no written
-//! cache line: what must be counted is counted per thread (`shard`).
+//! here belongs to one thread. Reads, and overwrites below 256 KiB, of one image on different threads share no lock and no
+//! written cache line: what must be counted is counted per thread (`shard`).
 //!
 //! Rules of the layer:
 //! - Requests were validated by the protocol layer: a range outside the node is a bug and panics; everything that a

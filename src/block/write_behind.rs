@@ -58,7 +58,6 @@ impl WriteBehind {
         s.busy = true;
         let piece = s.behind..s.behind + PIECE;
         s.behind = piece.end;
-        s.handed += PIECE;
         Some(piece)
     }
 
@@ -67,9 +66,11 @@ impl WriteBehind {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner).handed
     }
 
-    /// The piece has been handed over.
-    pub(super) fn done(&self) {
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner).busy = false;
+    /// The piece has been handed over, `bytes` of it.
+    pub(super) fn done(&self, bytes: u64) {
+        let mut s = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        s.busy = false;
+        s.handed += bytes;
     }
 }
 
@@ -86,7 +87,7 @@ mod tests {
         for (at, len) in writes {
             if let Some(piece) = behind.wrote(at..at + len) {
                 assert!(behind.wrote(at..at + len).is_none(), "one piece at a time");
-                behind.done();
+                behind.done(PIECE);
                 all.push(piece);
             }
         }

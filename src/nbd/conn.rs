@@ -35,8 +35,9 @@ const STATUS_MAX: usize = 64;
 const STEP: u64 = 1 << 30;
 /// Bytes per `sendmsg` at most (ours).
 const SEND_STEP: usize = 1 << 20;
-/// Bytes that are read at once where they were to be lent and cannot be any more (ours: what one `sendmsg` takes).
-const READ_STEP: u64 = 128 << 10;
+/// Bytes that are read at once where they were to be lent and cannot be any more (ours: rare, and beside the budget, as the
+/// connection's receive buffer is).
+const READ_STEP: u64 = 32 << 10;
 /// What a client must move within the stall timeout, if it moves a whole batch or payload no sooner (ours): a byte now
 /// and then is no progress.
 const STALL_STEP: usize = 1 << 20;
@@ -214,6 +215,8 @@ impl Conn {
             let step = match self.try_send(batch, sent) {
                 Ok(Sent::All) => return true,
                 Ok(Sent::Some(n)) => Ok(n),
+                // Not before the client takes something again.
+                Ok(Sent::Read(_)) if !self.co_wait_space(&transfer) => return false,
                 Ok(Sent::Read(range)) => match self.co_read_for_sending(range) {
                     Some(buf) => self.co_send_buf(&buf, &mut transfer),
                     None => return false,
@@ -249,7 +252,17 @@ impl Conn {
 
     /// Reads the front of a range that was to be lent and cannot be any more. May yield.
     fn co_read_for_sending(&self, range: Range<u64>) -> Option<IoBuf> {
-        let mut buf = IoBuf::try_new((range.end - range.start).min(READ_STEP) as usize)?;
+        let len = (range.end - range.start).min(READ_STEP) as usize;
+        let Some(mut buf) = IoBuf::try_new(len) else {
+            self.shared.warn_limited(|suppressed| {
+                let (peer, conn) = (&self.peer, self.id);
+                warn!(
+                    peer,
+                    conn, len, suppressed, "no memory to go on with a reply: the connection is closed"
+                );
+            });
+            return None;
+        };
         if self.backend().try_pread(range.start, &mut buf) {
             return Some(buf);
         }

@@ -38,7 +38,7 @@ const RUN_MAX: usize = 16;
 const RUN_BYTES: usize = FLUSH_AT;
 /// Smallest request of a run (ours; a hole's chunk must fit in its place).
 const RUN_PART_MIN: u32 = 512;
-/// What a request counts as, beside its bytes, when it is judged how much was done in a time (ours: a stream of large reads does not
+/// What a read or a write counts as, beside its bytes, when it is judged how much was done in a time (ours: a stream of large reads does not
 /// outweigh everything else).
 const REQUEST_WORK: u64 = 64 << 10;
 /// Unsent replies beyond which the reader waits for the sender (ours).
@@ -394,8 +394,6 @@ impl Reader {
     fn co_request(&mut self, h: RequestHeader) -> Result<(), End> {
         let conn = self.conn.clone();
         self.totals.requests += 1;
-        let moved = if [NBD_CMD_READ, NBD_CMD_WRITE].contains(&h.cmd) { h.len } else { 0 };
-        conn.ctx.note_work(REQUEST_WORK + moved);
         conn.counters.requests[usize::from(h.cmd).min(conn.counters.requests.len() - 1)].add(1);
         let Some(payload) = request::payload_len(&h, self.extended) else {
             return Err(End::TooLong(h.len));
@@ -420,8 +418,14 @@ impl Reader {
                 self.co_refuse(&h, e, payload);
             }
             Ok(Command::Disc) => unreachable!("handled above"),
-            Ok(Command::Read { offset, len, df }) => self.co_read_request(h, offset, len, df)?,
-            Ok(Command::Write { offset, len, flags }) => self.co_write_request(h, offset, len, flags)?,
+            Ok(Command::Read { offset, len, df }) => {
+                conn.ctx.note_work(REQUEST_WORK + u64::from(len));
+                self.co_read_request(h, offset, len, df)?;
+            }
+            Ok(Command::Write { offset, len, flags }) => {
+                conn.ctx.note_work(REQUEST_WORK + u64::from(len));
+                self.co_write_request(h, offset, len, flags)?;
+            }
             Ok(Command::Flush) => {
                 self.co_spawn(h, move |conn| conn.backend().co_flush())?;
             }

@@ -338,14 +338,12 @@ impl Qcow2Node {
     /// Punches and counts down. The clusters belong to nobody. Yields.
     fn co_release(&self, freed: &Freed) -> Result<()> {
         let bits = self.g.cluster_bits;
-        // What was lent is of no more use to anybody: its space is given back in any case.
-        let punch = |c: &u64| freed.punch || self.lent.contains(*c);
-        if self.discard && freed.clusters.clone().any(|c| punch(&c)) {
+        if freed.punch && self.discard {
             // Only what nobody else shares.
             let mut alone: Vec<Range<u64>> = Vec::new();
             {
                 let mut a = self.alloc.co_lock();
-                for c in freed.clusters.clone().filter(punch) {
+                for c in freed.clusters.clone() {
                     if a.refcounts.co_get(c, self)? != 1 {
                         continue;
                     }
@@ -375,7 +373,7 @@ impl Qcow2Node {
             a.refcounts.co_set(c, count - 1, self)?;
             if count == 1 {
                 self.set_metadata_clusters(c..c + 1, false);
-                if !self.lent.contains(c) {
+                if !self.lent.retire(c) {
                     a.add_free(c..c + 1);
                 }
             }

@@ -260,7 +260,9 @@ impl Qcow2Node {
 
     /// Whether clusters may be lent that are out of use for good once they are freed.
     fn may_lend(&self) -> bool {
-        self.discard && self.file.grows() && self.file.gives_back(self.g.cluster_size())
+        let most = self.g.clusters_for(self.len());
+        let room = self.lent.lost() < most;
+        room && self.discard && self.file.grows() && self.file.gives_back(self.g.cluster_size())
     }
 
     pub(super) fn co_status(&self, offset: u64, len: u64) -> Result<Extent> {
