@@ -8,7 +8,7 @@ CONTAINER ?= $(firstword $(foreach e,docker podman buildah,$(if $(shell command 
 IMAGE ?= conbd:latest
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test build-deps test-deps test-kernel test-foreign test-container quick fuzz checklist fmt lint doc man bench bench-micro docker clean
+.PHONY: help build run test build-deps test-deps test-kernel test-foreign test-container quick fuzz checklist fmt lint doc man bench bench-micro bench-count docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench: build ## Compare with the other NBD servers installed, side by side; QUIC
 
 bench-micro: build-deps ## The criterion benches: co_switch, co_mutex, event_loop, wire, serve (serving in-process)
 	$(CARGO) bench --locked
+
+bench-count: build-deps ## Instructions of the hot parts, by valgrind, against benches/counts.json; UPDATE=1 writes that, PARTS="co_switch ..." counts these
+	@scripts/bench-count.py
 
 docker: ## Build the container image $(IMAGE) with docker, podman or buildah
 	@test -n "$(CONTAINER)" || { echo "make docker: none of docker, podman, buildah is installed; install one, or name it: make docker CONTAINER=..." >&2; exit 1; }
