@@ -1036,6 +1036,9 @@ impl BlockNode for FileNode {
         if !cached || self.read_only || self.inline == Inline::Never || len > INLINE_WRITE_MAX {
             return None;
         }
+        if len as u64 >= write_behind::WRITE_MIN && self.behind.is_busy() {
+            return None;
+        }
         let begun = self.quick.begin()?;
         let end = offset + len as u64;
         // The file system keeps space and size for later, so making a file longer is no slower than filling a hole.
@@ -1118,6 +1121,7 @@ impl BlockNode for FileNode {
     }
 
     fn co_flush(&self) -> Result<()> {
+        self.behind.flushed();
         self.co_sync().map_err(|e| Error::new("fdatasync", &self.name, 0, e))
     }
 

@@ -550,29 +550,32 @@ fn a_long_stream_of_writes_is_handed_to_the_disk_while_it_goes_on_and_a_flush_st
         (CacheMode::Unsafe, true, false),
     ] {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let path = image_in(dir.path(), 128 * MIB);
+        let path = image_in(dir.path(), 320 * MIB);
         let node = Arc::new(FileNode::open(&FileOptions { cache, ..FileOptions::new(&path) }).unwrap());
         let thread = iothread("io", engines()[0]);
         let n = Arc::clone(&node);
         run_in_coroutine(thread.context(), move || {
-            for at in (0..128 * MIB).step_by(PIECE) {
-                let data = vec![(at / PIECE as u64) as u8 + 1; PIECE];
+            for at in (0..320 * MIB).step_by(PIECE) {
+                let data = vec![(at / PIECE as u64 % 250) as u8 + 1; PIECE];
                 let done = if inline { n.try_pwrite(at, &data) } else { None };
                 match done {
                     Some(result) => result.expect("write"),
                     None => co_write(&*n, at, &data).expect("write"),
                 }
                 // Pieces are handed over one at a time, by another thread: let it.
-                conbd::co::co_sleep_ns(1_000_000);
+                conbd::co::co_sleep_ns(500_000);
             }
             n.co_flush().expect("flush");
         });
         let handed = node.written_behind();
         assert_eq!(handed > 0, wanted, "{cache:?}: {handed} bytes");
-        assert!(handed <= 96 * MIB, "{cache:?}: what is written right now is left alone, not {handed} bytes");
+        assert!(
+            handed <= 288 * MIB,
+            "{cache:?}: what is written right now is left alone, not {handed} bytes"
+        );
         thread.stop().unwrap();
         let got = std::fs::read(&path).unwrap();
-        let wrong = got.chunks(PIECE).enumerate().find(|(i, c)| c.iter().any(|b| *b != *i as u8 + 1));
+        let wrong = got.chunks(PIECE).enumerate().find(|(i, c)| c.iter().any(|b| *b != (*i % 250) as u8 + 1));
         assert_eq!(wrong.map(|w| w.0), None);
     }
 }
