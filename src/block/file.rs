@@ -195,6 +195,8 @@ pub struct FileNode {
     can: Can,
     quick: QuickWrites,
     behind: Arc<WriteBehind>,
+    /// Every byte had a block when the file was opened, or last flushed.
+    allocated: AtomicBool,
     // Padded: flushes and status queries write here, and every request reads what is above.
     flush: CachePadded<FlushGroup>,
     ranges: CachePadded<RangeLock>,
@@ -326,6 +328,7 @@ impl FileNode {
             },
             quick: QuickWrites::default(),
             behind: Arc::default(),
+            allocated: AtomicBool::new(false),
             flush: CachePadded::new(FlushGroup::new()),
             ranges: CachePadded::new(RangeLock::new()),
             extend: CachePadded::new(RangeLock::new()),
@@ -335,6 +338,7 @@ impl FileNode {
             file,
         };
         node.open_tail(len).map_err(fail)?;
+        node.note_allocated();
         Ok(node)
     }
 
@@ -890,14 +894,24 @@ impl FileNode {
         })
     }
 
-    /// After a write: hands to the disk what lies behind a long stream.
+    /// Looks whether the file has all of its blocks; blocks that the file system has promised and not found count, too, so it is asked
+    /// when there are none. Never waits for the disk.
+    fn note_allocated(&self) {
+        let full = self.device
+            || rustix::fs::fstat(&self.file).is_ok_and(|s| s.st_blocks as u64 * 512 >= self.len());
+        self.allocated.store(full, Ordering::Relaxed);
+    }
+
+    /// After an overwrite: hands to the disk what lies behind a long stream. Not where the file system has blocks to find for it: whoever
+    /// writes on would wait for that.
     fn write_behind(&self, written: std::ops::Range<u64>) {
         if written.end - written.start < write_behind::WRITE_MIN || self.cache != CacheMode::Writeback {
             return;
         }
         let Some(ctx) = AioContext::current() else { return };
         let Some(piece) = self.behind.wrote(written) else { return };
-        let Ok(file) = self.file.try_clone() else { return self.behind.done(0) };
+        let file = if is(&self.allocated) { self.file.try_clone().ok() } else { None };
+        let Some(file) = file else { return self.behind.done(0) };
         let behind = Arc::clone(&self.behind);
         let len = piece.end - piece.start;
         let work = move || sys::begin_writeback(&file, piece.start, len).map(|()| len as usize);
@@ -1060,8 +1074,9 @@ impl BlockNode for FileNode {
             Ok(n) if n == len => {
                 if extending.is_some() {
                     self.len.fetch_max(end, Ordering::SeqCst);
+                } else {
+                    self.write_behind(offset..end);
                 }
-                self.write_behind(offset..end);
                 Some(Ok(()))
             }
             // A short write is the front of an error: the whole write again gets the whole story.
@@ -1084,9 +1099,12 @@ impl BlockNode for FileNode {
         let len = iov::total(bufs) as u64;
         self.assert_bounds(offset, len);
         let _invalidate = Invalidate(&self.status);
+        let extends = offset + len > self.len();
         self.co_extending(offset..offset + len, || self.co_write(offset, bufs, self.durable(flags)))
             .map_err(|e| Error::new("pwritev", &self.name, offset, e))?;
-        self.write_behind(offset..offset + len);
+        if !extends {
+            self.write_behind(offset..offset + len);
+        }
         Ok(())
     }
 
@@ -1122,7 +1140,11 @@ impl BlockNode for FileNode {
 
     fn co_flush(&self) -> Result<()> {
         self.behind.flushed();
-        self.co_sync().map_err(|e| Error::new("fdatasync", &self.name, 0, e))
+        let synced = self.co_sync();
+        if !is(&self.allocated) {
+            self.note_allocated();
+        }
+        synced.map_err(|e| Error::new("fdatasync", &self.name, 0, e))
     }
 
     fn co_block_status(&self, offset: u64, len: u64) -> Result<Extent> {

@@ -544,13 +544,18 @@ fn delayed_write_error_reaches_the_flush_and_stays() {
 #[test]
 fn a_long_stream_of_writes_is_handed_to_the_disk_while_it_goes_on_and_a_flush_still_makes_it_durable() {
     const PIECE: usize = 2 << 20;
-    for (cache, inline, wanted) in [
-        (CacheMode::Writeback, true, true),
-        (CacheMode::Writeback, false, true),
-        (CacheMode::Unsafe, true, false),
+    for (cache, inline, allocated, wanted) in [
+        (CacheMode::Writeback, true, true, true),
+        (CacheMode::Writeback, false, true, true),
+        (CacheMode::Writeback, true, false, false),
+        (CacheMode::Unsafe, true, true, false),
     ] {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = image_in(dir.path(), 320 * MIB);
+        if allocated {
+            let file = File::options().write(true).open(&path).unwrap();
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 320 * MIB).unwrap();
+        }
         let node = Arc::new(FileNode::open(&FileOptions { cache, ..FileOptions::new(&path) }).unwrap());
         let thread = iothread("io", engines()[0]);
         let n = Arc::clone(&node);
