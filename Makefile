@@ -66,6 +66,7 @@ bench-micro: build-deps ## The criterion benches: co_switch, co_mutex, event_loo
 	$(CARGO) bench --locked
 
 bench-count: build-deps ## Instructions of the hot parts, by valgrind, against benches/counts.json; UPDATE=1 writes that, PARTS="co_switch ..." counts these
+	@scripts/test-deps.sh valgrind:valgrind
 	@scripts/bench-count.py
 
 docker: ## Build the container image $(IMAGE) with docker, podman or buildah

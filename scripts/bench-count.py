@@ -11,7 +11,7 @@ it was for the committed counts is pointed out.
 
 Environment: UPDATE=1 (write benches/counts.json instead of comparing), PARTS="co_switch ..." (only these), FUNCTIONS=1, CARGO.
 """
-import json, os, platform, re, shutil, subprocess, sys, tempfile
+import json, os, platform, re, subprocess, sys, tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COUNTS = ROOT + "/benches/counts.json"
@@ -44,22 +44,6 @@ def run(what, command, **more):
         said = "".join(f"\n  {line}" for line in (done.stderr or "").splitlines()[-15:])
         fail(f"{what} failed with status {done.returncode}; it was: {' '.join(command)}{said}")
     return done.stdout
-
-
-def need_valgrind():
-    if shutil.which("valgrind"):
-        return
-    if not shutil.which("apt-get"):
-        fail("valgrind is missing (Debian's name of the package, too), and there is no apt-get here; install it and run again")
-    if os.geteuid() != 0:
-        fail("valgrind is missing; run: sudo apt-get install valgrind")
-    print("bench-count: installing valgrind", flush=True)
-    # What apt says is no part of the table.
-    quiet = {"env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
-    run("apt-get update", ["apt-get", "update", "-qq"], **quiet)
-    run("apt-get install", ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "valgrind"], **quiet)
-    if not shutil.which("valgrind"):
-        fail("valgrind is still missing after apt-get install valgrind; see what apt said above")
 
 
 def build():
@@ -126,7 +110,6 @@ def list_functions(functions):
 
 
 def main():
-    need_valgrind()
     program, here = build(), machine()
     what = dict(line.split("\t") for line in run("count --list", [program, "--list"]).splitlines())
     chosen = os.environ.get("PARTS", "").split() or list(what)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes sure that the programs which the tests drive are installed. Installs what is missing with apt
-# when run as root on a Debian-like system; otherwise says what to install, and fails.
+# Makes sure that the programs which the tests drive are installed, or those that are named: test-deps.sh [PROGRAM:PACKAGE ...].
+# Installs what is missing with apt when run as root on a Debian-like system; otherwise says what to install, and fails.
 set -euo pipefail
 
 # program -> Debian package
@@ -22,6 +22,7 @@ programs=(
     psktool:gnutls-bin
     certtool:gnutls-bin
 )
+[ "$#" -eq 0 ] || programs=("$@")
 
 # nbd-client lives in sbin, which is not on every user's path.
 PATH=$PATH:/usr/sbin:/sbin

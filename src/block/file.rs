@@ -2,14 +2,15 @@
 //!
 //! ```text
 //!   try_pread    RWF_NOWAIT read of the page cache, in the caller's turn: one system call, nothing allocated
-//!   try_pwrite   small buffered write, in the caller's turn, as long as such writes are quick
+//!   try_pwrite   buffered write, in the caller's turn, as long as such writes are quick
 //!   co_preadv, co_pwritev, flush, fallocate     the context's engine (io_uring or threads)
 //!   lseek, ioctl, fadvise                       the context's thread pool
 //! ```
 //! With `O_DIRECT` nothing is inline, and what is not a multiple of the device's block is bounced or becomes a
 //! read-modify-write that [`RangeLock`] keeps apart from overlapping changes.
 //!
-//! Any thread. On the way of a read or an overwrite nothing is locked and no shared cache line is written (buffered).
+//! Any thread. On the way of a read or an overwrite nothing is locked and no shared cache line is written (buffered; below 256 KiB, for
+//! larger writes see `write_behind.rs`).
 //! The size is that of the opening, or of the last `co_resize`, unless the file is *growable* (what an image format lies on); a
 //! file that shrinks underneath reads as zeroes where it has ended. Writes that make a growable file longer register in `extend`, and
 //! setting its size excludes them: so setting a size never cuts off what was written meanwhile.
@@ -195,8 +196,6 @@ pub struct FileNode {
     can: Can,
     quick: QuickWrites,
     behind: Arc<WriteBehind>,
-    /// Every byte had a block when the file was opened, or last flushed.
-    allocated: AtomicBool,
     // Padded: flushes and status queries write here, and every request reads what is above.
     flush: CachePadded<FlushGroup>,
     ranges: CachePadded<RangeLock>,
@@ -328,7 +327,6 @@ impl FileNode {
             },
             quick: QuickWrites::default(),
             behind: Arc::default(),
-            allocated: AtomicBool::new(false),
             flush: CachePadded::new(FlushGroup::new()),
             ranges: CachePadded::new(RangeLock::new()),
             extend: CachePadded::new(RangeLock::new()),
@@ -338,7 +336,6 @@ impl FileNode {
             file,
         };
         node.open_tail(len).map_err(fail)?;
-        node.note_allocated();
         Ok(node)
     }
 
@@ -894,24 +891,14 @@ impl FileNode {
         })
     }
 
-    /// Looks whether the file has all of its blocks; blocks that the file system has promised and not found count, too, so it is asked
-    /// when there are none. Never waits for the disk.
-    fn note_allocated(&self) {
-        let full = self.device
-            || rustix::fs::fstat(&self.file).is_ok_and(|s| s.st_blocks as u64 * 512 >= self.len());
-        self.allocated.store(full, Ordering::Relaxed);
-    }
-
-    /// After an overwrite: hands to the disk what lies behind a long stream. Not where the file system has blocks to find for it: whoever
-    /// writes on would wait for that.
+    /// After a write that did not make the file longer: hands to the disk what lies behind a long stream.
     fn write_behind(&self, written: std::ops::Range<u64>) {
         if written.end - written.start < write_behind::WRITE_MIN || self.cache != CacheMode::Writeback {
             return;
         }
         let Some(ctx) = AioContext::current() else { return };
         let Some(piece) = self.behind.wrote(written) else { return };
-        let file = if is(&self.allocated) { self.file.try_clone().ok() } else { None };
-        let Some(file) = file else { return self.behind.done(0) };
+        let Ok(file) = self.file.try_clone() else { return self.behind.done(0) };
         let behind = Arc::clone(&self.behind);
         let len = piece.end - piece.start;
         let work = move || sys::begin_writeback(&file, piece.start, len).map(|()| len as usize);
@@ -1050,6 +1037,7 @@ impl BlockNode for FileNode {
         if !cached || self.read_only || self.inline == Inline::Never || len > INLINE_WRITE_MAX {
             return None;
         }
+        // A large write may have to wait now: the engine's threads can.
         if len as u64 >= write_behind::WRITE_MIN && self.behind.is_busy() {
             return None;
         }
@@ -1140,11 +1128,7 @@ impl BlockNode for FileNode {
 
     fn co_flush(&self) -> Result<()> {
         self.behind.flushed();
-        let synced = self.co_sync();
-        if !is(&self.allocated) {
-            self.note_allocated();
-        }
-        synced.map_err(|e| Error::new("fdatasync", &self.name, 0, e))
+        self.co_sync().map_err(|e| Error::new("fdatasync", &self.name, 0, e))
     }
 
     fn co_block_status(&self, offset: u64, len: u64) -> Result<Extent> {

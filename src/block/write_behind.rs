@@ -5,15 +5,17 @@
 //! much, what lies a little behind its end is handed to the disk, piece by piece. Nothing is promised by that, and nothing
 //! is learned from it: errors are found by the flush.
 //!
-//! Only overwrites count (the caller sees to that): while the file system finds blocks for what is handed over, writers wait for it, which was
-//! measured to cost a stream into a fresh image half of its rate.
+//! Writes that make the file longer do not count (the caller sees to that): while the file system makes room for what is handed over, those who
+//! go on making it longer wait, which was measured to cost a stream into a fresh qcow2 image half of its rate. Other large writes may wait, too: so
+//! while a piece is being handed over they go to the engine, not in the caller's turn ([`WriteBehind::is_busy`]).
 //!
 //! A stream is writes in large pieces, each near the end of what was written before (`qemu-img convert -W` has 16 of 2 MiB under way, in any
 //! order). Several at once (nbdcopy with its four connections) are none: they keep all CPUs busy, and such clients seldom flush. Nor is one that begins
 //! where the last one was handed over, if nobody has flushed since: a log that goes round is not written to the disk each time.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Smallest write that counts, in bytes (ours: what copies do, and guests at work do not).
 pub(super) const WRITE_MIN: u64 = 256 << 10;
@@ -32,8 +34,6 @@ const PIECE: u64 = 16 << 20;
 struct Stream {
     /// Where it began.
     start: u64,
-    /// Some of it was handed over.
-    handing: bool,
     /// The end of what was written.
     end: u64,
     written: u64,
@@ -43,72 +43,74 @@ struct Stream {
     again: bool,
     /// What was handed over of the last streams that were.
     before: Range<u64>,
-    /// A piece is being handed over.
-    busy: bool,
     /// Bytes handed over, of all streams.
     handed: u64,
+}
+
+impl Stream {
+    /// Another stream begins.
+    fn begin(&mut self, at: u64, again: bool, before: Range<u64>) {
+        *self = Stream { start: at, end: at, behind: at, written: 0, again, before, handed: self.handed };
+    }
 }
 
 /// The stream of one file. Any thread.
 #[derive(Debug, Default)]
 pub(super) struct WriteBehind {
     stream: Mutex<Stream>,
+    /// A piece is being handed over.
+    busy: AtomicBool,
 }
 
 impl WriteBehind {
+    fn stream(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Learns from a write of at least [`WRITE_MIN`] bytes that has been done. Returns what is to be handed over now; then
     /// [`WriteBehind::done`] is to be called. Never waits.
     pub(super) fn wrote(&self, range: Range<u64>) -> Option<Range<u64>> {
-        let mut s = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut s = self.stream();
         if range.start.abs_diff(s.end) > NEAR {
-            let before = if s.handing { s.start..s.behind } else { s.before.clone() };
-            let again = before.contains(&range.start);
-            let start = range.start;
-            *s = Stream {
-                start,
-                end: start,
-                behind: start,
-                again,
-                before,
-                busy: s.busy,
-                handed: s.handed,
-                ..Stream::default()
-            };
+            let before = if s.behind > s.start { s.start..s.behind } else { s.before.clone() };
+            s.begin(range.start, before.contains(&range.start), before);
         }
+        // Its first write need not be the first that comes.
+        s.start = s.start.min(range.start);
         s.end = s.end.max(range.end);
         s.written += range.end - range.start;
-        if s.busy || s.again || s.written < BEGIN || s.end - s.behind < NEAR + PIECE {
+        if s.again || s.written < BEGIN || s.end - s.behind < NEAR + PIECE {
             return None;
         }
-        s.busy = true;
-        s.handing = true;
+        if self.busy.swap(true, Ordering::Relaxed) {
+            return None;
+        }
         let piece = s.behind..s.behind + PIECE;
         s.behind = piece.end;
         Some(piece)
     }
 
-    /// All that was written has been made durable: what comes is a new stream.
+    /// A flush begins: what was written so far is its business, what comes is a new stream.
     pub(super) fn flushed(&self) {
-        let mut s = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut s = self.stream();
         let end = s.end;
-        *s = Stream { start: end, end, behind: end, busy: s.busy, handed: s.handed, ..Stream::default() };
+        s.begin(end, false, 0..0);
     }
 
     /// Whether a piece is being handed over: then the file system may make a writer wait.
     pub(super) fn is_busy(&self) -> bool {
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner).busy
+        self.busy.load(Ordering::Relaxed)
     }
 
     /// Bytes handed over so far.
     pub(super) fn handed_over(&self) -> u64 {
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner).handed
+        self.stream().handed
     }
 
     /// The piece has been handed over, `bytes` of it.
     pub(super) fn done(&self, bytes: u64) {
-        let mut s = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        s.busy = false;
-        s.handed += bytes;
+        self.stream().handed += bytes;
+        self.busy.store(false, Ordering::Relaxed);
     }
 }
 
@@ -124,8 +126,9 @@ mod tests {
         let mut all = Vec::new();
         for (at, len) in writes {
             if let Some(piece) = behind.wrote(at..at + len) {
-                assert!(behind.wrote(at..at + len).is_none(), "one piece at a time");
+                assert!(behind.is_busy() && behind.wrote(at..at + len).is_none(), "one piece at a time");
                 behind.done(PIECE);
+                assert!(!behind.is_busy());
                 all.push(piece);
             }
         }
@@ -156,6 +159,7 @@ mod tests {
         };
         assert!(round() > 300 * M);
         assert_eq!((round(), round()), (0, 0));
+        assert_eq!(behind.handed_over() % PIECE, 0);
         behind.flushed();
         assert!(round() > 300 * M, "a copy into the same place");
     }

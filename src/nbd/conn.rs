@@ -112,6 +112,11 @@ impl Transfer<'_> {
         }
     }
 
+    /// The client does not have to be waited for any more.
+    fn goes_on(&self) {
+        self.since.store(0, Ordering::Relaxed);
+    }
+
     /// The client has to be waited for.
     pub(super) fn waits(&self, now_ns: u64) {
         if self.since.load(Ordering::Relaxed) == 0 {
@@ -215,12 +220,17 @@ impl Conn {
             let step = match self.try_send(batch, sent) {
                 Ok(Sent::All) => return true,
                 Ok(Sent::Some(n)) => Ok(n),
-                // Not before the client takes something again.
-                Ok(Sent::Read(_)) if !self.co_wait_space(&transfer) => return false,
-                Ok(Sent::Read(range)) => match self.co_read_for_sending(range) {
-                    Some(buf) => self.co_send_buf(&buf, &mut transfer),
-                    None => return false,
-                },
+                Ok(Sent::Read(range)) => {
+                    // Not before the client takes something again; from then on it waits for us.
+                    if !self.co_wait_space(&transfer) {
+                        return false;
+                    }
+                    transfer.goes_on();
+                    match self.co_read_for_sending(range) {
+                        Some(buf) => self.co_send_buf(&buf, &mut transfer),
+                        None => return false,
+                    }
+                }
                 Err(e) => Err(e),
             };
             match step {

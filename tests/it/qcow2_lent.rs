@@ -203,7 +203,8 @@ fn the_place_of_a_lent_cluster_is_given_back_and_not_used_again_before_the_image
 
 #[test]
 fn a_client_that_reads_late_is_not_shown_what_its_clusters_became() {
-    const LEN: u32 = 1 << 20;
+    // More than a socket holds.
+    const LEN: u32 = 8 << 20;
     let dir = scratch();
     // Smaller than the pages' folios, which outlive the punching of a part while somebody holds on to them.
     const C: u64 = 4096;
@@ -228,9 +229,9 @@ fn a_client_that_reads_late_is_not_shown_what_its_clusters_became() {
     for at in (0..u64::from(LEN)).step_by(2 * C as usize) {
         assert_eq!(other.call(NBD_CMD_TRIM, 0, at, C as u32), 0);
     }
-    for c in 512..1024u64 {
+    for c in 4096..4608u64 {
         assert_eq!(other.write(0, c * C, &vec![0xbb; C as usize]), 0);
-        if c < 520 {
+        if c < 4104 {
             assert_eq!(other.call(NBD_CMD_FLUSH, 0, 0, 0), 0);
         }
     }
@@ -240,10 +241,7 @@ fn a_client_that_reads_late_is_not_shown_what_its_clusters_became() {
         got.iter().enumerate().find(|(at, b)| **b != value(*at as u64 / C) && (**b != 0 || kept(*at)));
     assert_eq!(wrong, None, "it was data, and what was trimmed then zeroes; this is another cluster's");
     if conbd::util::fast::paths().lend_from < usize::MAX && can_lend("a reply that is sent late") {
-        assert!(
-            got.ends_with(&[value(u64::from(LEN) / C - 1); 1]) && got.contains(&0),
-            "the end was lent late"
-        );
+        assert!(got.contains(&0), "what was sent late was looked up again");
     }
     late.disc();
     other.disc();
@@ -278,8 +276,8 @@ fn no_more_places_are_lost_than_the_disk_has_clusters() {
         n.co_close().expect("close");
         lost
     });
-    assert!((16..=64).contains(&lost), "{lost} clusters of a disk that has 16");
+    assert!((16..=32).contains(&lost), "{lost} clusters of a disk that has 16");
     check(&path);
     let len = std::fs::metadata(&path).unwrap().len();
-    assert!(len < 6 << 20, "{len} bytes for a disk of 1 MiB");
+    assert!(len < 5 << 20, "{len} bytes for a disk of 1 MiB, with what threads have put by");
 }

@@ -373,7 +373,7 @@ impl Qcow2Node {
             a.refcounts.co_set(c, count - 1, self)?;
             if count == 1 {
                 self.set_metadata_clusters(c..c + 1, false);
-                if !self.lent.retire(c) {
+                if !self.lent.contains(c) {
                     a.add_free(c..c + 1);
                 }
             }

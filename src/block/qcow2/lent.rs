@@ -7,8 +7,8 @@
 //!
 //! So a cluster is marked here before its pages go out, under the ticket of the look-up, and allocation passes over what is marked. A discard
 //! gives the space back to the host as ever; what is lost is a place in the file, until the image is opened again. Lending is
-//! for files that can lose places: they grow, and can be punched. It ends when as many places are lost as the disk has clusters: so
-//! the file at most doubles.
+//! for files that can lose places: they grow, and can be punched. It ends when twice as many places were lent as the disk has clusters: so
+//! with those in use the file becomes three times as long as the disk at most.
 //!
 //! Opening the image again ends that: the connections are gone by then. A last reply that is taken out of its socket, or out of a proxy, later still
 //! may show the place's new use; its range had been freed while it was under way, and the connection is over.
@@ -32,8 +32,8 @@ type Chunk = OnceLock<Box<[AtomicU64]>>;
 pub(super) struct LentClusters {
     any: AtomicBool,
     chunks: OnceLock<Box<[Chunk]>>,
-    /// Places that are out of use.
-    lost: AtomicU64,
+    /// How many were marked.
+    marked: AtomicU64,
 }
 
 impl LentClusters {
@@ -52,24 +52,16 @@ impl LentClusters {
             let (chunk, word, bit) = place(c);
             let words = chunks[chunk].get_or_init(|| (0..WORDS).map(|_| AtomicU64::new(0)).collect());
             if words[word].load(Ordering::SeqCst) & bit == 0 {
-                words[word].fetch_or(bit, Ordering::SeqCst);
+                let before = words[word].fetch_or(bit, Ordering::SeqCst);
+                self.marked.fetch_add(u64::from(before & bit == 0), Ordering::Relaxed);
             }
         }
         true
     }
 
-    /// Takes a cluster that has become free out of use, if it was marked: then true.
-    pub(super) fn retire(&self, cluster: u64) -> bool {
-        let marked = self.contains(cluster);
-        if marked {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-        }
-        marked
-    }
-
-    /// How many clusters are out of use.
-    pub(super) fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+    /// How many clusters were marked.
+    pub(super) fn marked(&self) -> u64 {
+        self.marked.load(Ordering::Relaxed)
     }
 
     /// Whether a cluster was marked.
@@ -106,7 +98,7 @@ mod tests {
         let end = CHUNKS as u64 * CLUSTERS_PER_CHUNK;
         assert!(set.mark(end - 1..end) && set.contains(end - 1));
         assert!(!set.mark(end - 1..end + 1) && !set.contains(end));
-        assert!(set.retire(64) && !set.retire(66));
-        assert_eq!(set.lost(), 1);
+        assert!(set.mark(63..66));
+        assert_eq!(set.marked(), 6, "each counts once");
     }
 }

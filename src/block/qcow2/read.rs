@@ -260,8 +260,7 @@ impl Qcow2Node {
 
     /// Whether clusters may be lent that are out of use for good once they are freed.
     fn may_lend(&self) -> bool {
-        let most = self.g.clusters_for(self.len());
-        let room = self.lent.lost() < most;
+        let room = self.lent.marked() < 2 * self.g.clusters_for(self.len());
         room && self.discard && self.file.grows() && self.file.gives_back(self.g.cluster_size())
     }
 
