@@ -190,6 +190,7 @@ impl PollTrial {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aio::{AioConfig, AioContext, PollConfig};
 
     const MS: u64 = 1_000_000;
 
@@ -276,6 +277,34 @@ mod tests {
         assert_eq!(load.run(&mut trial, &mut due, &mut spin, 10), 100, "polling is the rule");
         let on = load.run(&mut trial, &mut due, &mut spin, 2_000);
         assert!(on > 90, "{on} %");
+    }
+
+    #[test]
+    fn a_context_asks_before_it_polls_and_counts_its_work() {
+        for found in [true, false] {
+            let trial = PollTrial::new();
+            trial.spin.store(found, Ordering::Relaxed);
+            // No step is due.
+            trial.due_ns.store(u64::MAX, Ordering::Relaxed);
+            let shared = Arc::clone(&trial);
+            let context = move || {
+                let poll = PollConfig { max_ns: 1_000 * MS, grow: 0, shrink: 0 };
+                let config = AioConfig { poll, poll_trial: Some(shared), ..AioConfig::default() };
+                let ctx = AioContext::new(config).expect("a context");
+                let timer = ctx.timer_new(|| {});
+                for _ in 0..5 {
+                    timer.mod_ns(ctx.now_ns() + MS);
+                    while !ctx.poll(true) {}
+                    ctx.note_work(7);
+                }
+                let counters = ctx.counters();
+                (counters.poll_hits.get() + counters.poll_misses.get(), counters.blocks.get())
+            };
+            let (polled, blocked) = std::thread::spawn(context).join().expect("the thread");
+            assert_eq!(polled > 0, found, "{polled} times");
+            assert!(blocked > 0);
+            assert_eq!(trial.work.lock().expect("not poisoned")[0].get(), 35);
+        }
     }
 
     #[test]
